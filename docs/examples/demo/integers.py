@@ -1,0 +1,41 @@
+"""The trained network in 8 and 4 bits: what it costs and what it saves."""
+
+import copy
+
+import torch
+from digits import accuracy, digits, to_float
+from matplotlib.figure import Figure
+from report import Section, Table
+from torsh_nas import measure
+from torsh_quant import explain, quantize, sensitivity
+
+SCHEMES = ["w8a8", "w4a16"]
+
+
+def run(demo) -> Section:
+    data = digits()
+    net = copy.deepcopy(demo.made.trained).eval()
+    versions = {"fp32": net} | {scheme: quantize(net, scheme) for scheme in SCHEMES}
+    batch = to_float(data.test_images)
+    rows, results = [], {}
+    for name, model in versions.items():
+        size = sum(t.numel() * t.element_size() for t in model.state_dict().values())
+        right = accuracy(model, data.test_images, data.test_labels)
+        latency = measure(model, batch, device="cpu")
+        results[name] = right, size, latency.ms
+        rows.append(
+            [name, f"{right:.1%}", f"{size:,}", f"{latency.ms:.1f} ± {latency.iqr_ms:.1f} ms"]
+        )
+    (exact, full, _), (low, small, _) = results["fp32"], results["w4a16"]
+    section = Section(
+        f"8 bits: {results['w8a8'][0]:.1%} right, 4 bits: {low:.1%}, fp32: {exact:.1%}; "
+        f"4-bit weights take {small / full:.0%} of the bytes",
+        [],
+        [Table(["version", "test accuracy", "bytes of state", "360 images"], rows)],
+    )
+    calibration = [to_float(part) for part in data.images[:512].split(128)]
+    found = sensitivity(net, calibration, SCHEMES)
+    figure = Figure(figsize=(9, 3.2))
+    found.plot(ax=figure.subplots())
+    section.add_figure("How much each layer, quantized alone, changes the output", figure)
+    return section
