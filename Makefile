@@ -8,9 +8,6 @@ READY    := $(VENV)/.ready
 PIN       = $(shell sed -n 's/^$(1)==\([^ ;]*\).*/\1/p' constraints.txt)
 UV       := VIRTUAL_ENV=$(VENV) $(BIN)/uv
 
-export HF_HUB_OFFLINE ?= 1
-export TOKENIZERS_PARALLELISM ?= false
-
 .DEFAULT_GOAL := help
 .PHONY: help demo test lint format docs bench wheels lock clean
 

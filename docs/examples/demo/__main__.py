@@ -13,9 +13,10 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import torch
-from report import Section, write_report
 from rich.console import Console
 from rich.table import Table
+
+from report import Section, write_report
 
 
 @dataclass(frozen=True)

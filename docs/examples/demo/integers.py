@@ -2,12 +2,12 @@
 
 import copy
 
-import torch
-from digits import accuracy, digits, to_float
 from matplotlib.figure import Figure
+
+from digits import accuracy, digits, to_float
 from report import Section, Table
 from torsh_nas import measure
-from torsh_quant import explain, quantize, sensitivity
+from torsh_quant import quantize, sensitivity
 
 SCHEMES = ["w8a8", "w4a16"]
 

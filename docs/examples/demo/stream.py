@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from digits import digits
 from matplotlib.figure import Figure
+
+from digits import digits
 from report import Section, Table
 from torsh_data import ShardedDataset, StreamLoader, vision, write_shards
 

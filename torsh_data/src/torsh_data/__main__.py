@@ -6,7 +6,9 @@ def main() -> None:
     try:
         from tyro.extras import subcommand_cli_from_dict
     except ImportError:
-        raise SystemExit("torsh-data needs its command-line extra: pip install 'torsh-data[cli]'") from None
+        raise SystemExit(
+            "torsh-data needs its command-line extra: pip install 'torsh-data[cli]'"
+        ) from None
     subcommand_cli_from_dict({}, prog="torsh-data")
 
 

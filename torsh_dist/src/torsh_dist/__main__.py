@@ -6,7 +6,9 @@ def main() -> None:
     try:
         from tyro.extras import subcommand_cli_from_dict
     except ImportError:
-        raise SystemExit("torsh-dist needs its command-line extra: pip install 'torsh-dist[cli]'") from None
+        raise SystemExit(
+            "torsh-dist needs its command-line extra: pip install 'torsh-dist[cli]'"
+        ) from None
     subcommand_cli_from_dict({}, prog="torsh-dist")
 
 

@@ -1,0 +1,199 @@
+"""The launch table, and what a step costs on a GPU."""
+
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from torsh_optim import AdamW
+from torsh_optim._launch import _block_map
+
+
+def test_block_map_by_hand() -> None:
+    assert _block_map(torch.tensor([5, 0, 4, 9]), 4).tolist() == [
+        [0, 0], [0, 1], [2, 0], [3, 0], [3, 1], [3, 2],
+    ]  # fmt: skip
+    assert _block_map(torch.tensor([0]), 4).shape == (0, 2)
+
+
+def _params(device: str, count: int = 12, **options: Any) -> list[Tensor]:
+    params: list[Tensor] = [
+        torch.nn.Parameter(torch.randn(100 * i + 1, device=device, **options)) for i in range(count)
+    ]
+    for param in params:
+        param.grad = torch.randn_like(param)
+    return params
+
+
+class _Counting:
+    """Counts launches of an optimizer."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, opt: AdamW) -> None:
+        self.types: list[list[torch.dtype]] = []
+        launch = opt._launch
+
+        def counted(programs: int, *args: Any) -> None:
+            self.types.append(args[3])
+            launch(programs, *args)
+
+        monkeypatch.setattr(opt, "_launch", counted)
+
+
+def test_one_launch_for_all_groups(
+    triton_adamw: type[AdamW], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    params = _params(device)
+    opt = triton_adamw([{"params": [p], "lr": 0.01 * i} for i, p in enumerate(params)])
+    counting = _Counting(monkeypatch, opt)
+    for _ in range(3):
+        opt.step()
+    assert len(counting.types) == 3
+    opt.add_param_group({"params": _params(device, 3, dtype=torch.bfloat16)})
+    opt.step()
+    assert sorted(map(str, (types[0] for types in counting.types[3:]))) == [
+        "torch.bfloat16",
+        "torch.float32",
+    ]
+
+
+def test_only_what_changed_is_written(triton_adamw: type[AdamW]) -> None:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    params = _params(device)
+    opt = triton_adamw(params)
+    opt.step()
+    assert opt._plan is not None
+    bucket: Any = opt._plan.buckets[0]
+    grads = [param.grad for param in params]
+    steps = [2.0] * len(params)
+    changed, keys = bucket._write(opt.param_groups, grads, steps)
+    assert (changed, keys) == (False, [(0, 2.0)])
+    changed, keys = bucket._write(opt.param_groups, [None, *grads[1:]], [1.0, *steps[1:]])
+    assert (changed, keys) == (True, [(0, 2.0)])
+    changed, keys = bucket._write(opt.param_groups, grads, [1.0, *steps[1:]])
+    assert (changed, keys) == (True, [(0, 1.0), (0, 2.0)])
+
+
+@pytest.mark.gpu
+def test_steps_do_not_synchronise_or_allocate() -> None:
+    params = _params("cuda")
+    opt = AdamW(params, amsgrad=True, fused=True)
+    for _ in range(8):  # compiles, and goes once around the ring
+        opt.step()
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_stats()["allocation.all.allocated"]
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for step in range(8):
+            opt.param_groups[0]["lr"] = 1e-3 / (1 + step)
+            opt.step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert torch.cuda.memory_stats()["allocation.all.allocated"] == before
+
+
+@pytest.mark.gpu
+def test_profiler_sees_one_kernel() -> None:
+    from torch.profiler import ProfilerActivity, profile
+
+    params = _params("cuda")
+    opt = AdamW([{"params": [p], "lr": 0.01 * i} for i, p in enumerate(params)])
+    for _ in range(3):
+        opt.step()
+    torch.cuda.synchronize()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as seen:
+            opt.step()
+            torch.cuda.synchronize()
+    kernels = [
+        event.name
+        for event in seen.events()
+        if event.device_type == torch.autograd.DeviceType.CUDA
+        and not event.name.startswith(("Memcpy", "Optimizer", "Memset"))
+    ]
+    assert kernels == ["adamw"]
+
+
+@pytest.mark.gpu
+def test_learning_rate_on_the_device() -> None:
+    rate = torch.tensor(0.1, device="cuda")
+    first, second = (torch.nn.Parameter(torch.zeros(40, device="cuda")) for _ in range(2))
+    opt = AdamW([{"params": [first], "lr": rate}, {"params": [second]}], lr=0.5, weight_decay=0)
+    for param in (first, second):
+        param.grad = torch.ones(40, device="cuda")
+    opt.step()
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        rate.fill_(0.2)
+        opt.step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    torch.testing.assert_close(first, torch.full_like(first, -0.3))
+    torch.testing.assert_close(second, torch.full_like(second, -1.0))
+
+
+@pytest.mark.gpu
+def test_table_is_safe_when_the_host_runs_ahead_and_streams_change() -> None:
+    """Hundreds of steps queued behind a long kernel, from two streams, equal the slow way."""
+    mine, theirs = _params("cuda"), []
+    theirs = [torch.nn.Parameter(p.detach().clone()) for p in mine]
+    ours, reference = AdamW(mine), AdamW(theirs, fused=False)
+    grads = [[torch.randn_like(p) for p in mine] for _ in range(4)]
+    streams = [torch.cuda.Stream(), torch.cuda.Stream()]
+    torch.cuda.synchronize()
+    with torch.cuda.stream(streams[0]):
+        torch.cuda._sleep(50_000_000)
+    for step in range(40):
+        for i, param in enumerate(mine):
+            param.grad = grads[step % 4][i]
+        with torch.cuda.stream(streams[step // 10 % 2]):
+            ours.step()
+    torch.cuda.synchronize()
+    for step in range(40):
+        for i, param in enumerate(theirs):
+            param.grad = grads[step % 4][i]
+        reference.step()
+    for a, b in zip(mine, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)  # forty steps of rounding
+
+
+@pytest.mark.gpu
+def test_capture_is_refused() -> None:
+    param = torch.nn.Parameter(torch.zeros(8, device="cuda"))
+    param.grad = torch.ones_like(param)
+    opt = AdamW([param])
+    opt.step()
+    graph = torch.cuda.CUDAGraph()
+    with (
+        pytest.raises(RuntimeError, match="cannot be captured in a CUDA graph"),
+        torch.cuda.graph(graph),
+    ):
+        opt.step()
+
+
+@pytest.mark.gpu
+def test_moved_to_the_gpu_after_construction() -> None:
+    linear = torch.nn.Linear(4, 4)
+    opt = AdamW(linear.parameters())
+    assert opt.implementation == "cpu-fused"
+    linear.cuda()
+    assert opt.implementation == "triton"
+    linear(torch.ones(1, 4, device="cuda")).sum().backward()
+    opt.step()
+    assert opt.state[linear.weight]["exp_avg"].is_cuda
+    assert opt.state[linear.weight]["step"].is_cpu
+
+
+@pytest.mark.gpu(2)
+def test_two_devices() -> None:
+    params = [torch.nn.Parameter(torch.zeros(100, device=f"cuda:{i}")) for i in (0, 1)]
+    for param in params:
+        param.grad = torch.ones_like(param)
+    opt = AdamW(params, lr=0.1, weight_decay=0)
+    opt.step()
+    for param in params:
+        torch.testing.assert_close(param, torch.full_like(param, -0.1))

@@ -1,0 +1,205 @@
+"""When a plan is kept, when it is made anew, and how gradients come and go."""
+
+import copy
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from torsh_optim import AdamW
+
+
+def _model(*shapes: tuple[int, ...]) -> list[Tensor]:
+    params: list[Tensor] = [torch.nn.Parameter(torch.randn(shape)) for shape in shapes]
+    for param in params:
+        param.grad = torch.randn_like(param)
+    return params
+
+
+def _twin(params: list[Tensor], **options: object) -> tuple[torch.optim.AdamW, list[Tensor]]:
+    copies: list[Tensor] = [torch.nn.Parameter(p.detach().clone()) for p in params]
+    return torch.optim.AdamW(copies, foreach=False, **options), copies
+
+
+def _follow(
+    opt: AdamW, params: list[Tensor], twin: torch.optim.AdamW, copies: list[Tensor]
+) -> None:
+    for param, other in zip(params, copies, strict=True):
+        other.grad = None if param.grad is None else param.grad.clone()
+    opt.step()
+    twin.step()
+    for param, other in zip(params, copies, strict=True):
+        # other order of operations: some float32 units of weights of size one
+        torch.testing.assert_close(param, other, rtol=1e-6, atol=3e-7)
+
+
+def test_plan_is_kept_while_nothing_changes(adamw: type[AdamW]) -> None:
+    params = _model((3, 4), (5,))
+    opt = adamw(params)
+    opt.step()
+    plan = opt._plan
+    for _ in range(3):
+        for param in params:
+            param.grad = torch.randn_like(param)  # new tensors, as after zero_grad()
+        opt.param_groups[0]["lr"] *= 0.5
+        opt.step()
+    assert opt._plan is plan
+
+
+def _swap_data(opt: AdamW, params: list[Tensor]) -> None:
+    params[0].data = params[0].data.clone()
+
+
+def _swap_moment(opt: AdamW, params: list[Tensor]) -> None:
+    opt.state[params[0]]["exp_avg"] = opt.state[params[0]]["exp_avg"].clone()
+
+
+def _swap_moment_data(opt: AdamW, params: list[Tensor]) -> None:
+    moment = opt.state[params[0]]["exp_avg"]
+    moment.data = moment.data.clone()
+
+
+def _swap_step(opt: AdamW, params: list[Tensor]) -> None:
+    opt.state[params[0]]["step"] = opt.state[params[0]]["step"].clone()
+
+
+def _swap_state(opt: AdamW, params: list[Tensor]) -> None:
+    opt.state[params[0]] = {key: value.clone() for key, value in opt.state[params[0]].items()}
+
+
+def _load_own_state(opt: AdamW, params: list[Tensor]) -> None:
+    opt.load_state_dict(opt.state_dict())
+
+
+@pytest.mark.parametrize(
+    "change",
+    [_swap_data, _swap_moment, _swap_moment_data, _swap_step, _swap_state, _load_own_state],
+)
+def test_tensors_that_move_are_followed(
+    adamw: type[AdamW], change: Callable[[AdamW, list[Tensor]], None]
+) -> None:
+    """Each change is one that a plan keyed by the parameters alone would miss."""
+    params = _model((3, 4), (5,))
+    opt = adamw(params)
+    twin, copies = _twin(params)
+    for round_ in range(4):
+        if round_:
+            change(opt, params)
+        for param in params:
+            param.grad = torch.randn_like(param)
+        _follow(opt, params, twin, copies)
+
+
+def test_state_cleared_starts_again(adamw: type[AdamW]) -> None:
+    params = _model((3, 4), (5,))
+    opt = adamw(params)
+    opt.step()
+    opt.state.clear()
+    twin, copies = _twin(params)
+    _follow(opt, params, twin, copies)
+    assert opt.state[params[0]]["step"] == 1
+
+
+def test_parameter_replaced_in_its_group(adamw: type[AdamW]) -> None:
+    """As when points are added to a cloud: a new tensor takes over edited state."""
+    params = _model((3, 4), (5,))
+    opt = adamw(params)
+    opt.step()
+    stored = opt.state.pop(params[0])
+    for key in ("exp_avg", "exp_avg_sq"):
+        stored[key] = torch.cat([stored[key], torch.zeros(2, 4)])
+    grown = torch.nn.Parameter(torch.cat([params[0].detach(), torch.ones(2, 4)]))
+    opt.param_groups[0]["params"][0] = grown
+    opt.state[grown] = stored
+    params[0] = grown
+    twin, copies = _twin(params)
+    # a copy, because torch's optimizer shares the tensors that it loads
+    twin.load_state_dict(copy.deepcopy(opt.state_dict()))
+    for param in params:
+        param.grad = torch.randn_like(param)
+    _follow(opt, params, twin, copies)
+
+
+def test_gradients_that_come_and_go(adamw: type[AdamW]) -> None:
+    """Each parameter counts its own steps, so bias corrections differ between parameters."""
+    params = _model((20,), (3, 4), (5,), (1030,))
+    opt = adamw(params, lr=0.1)
+    twin, copies = _twin(params, lr=0.1)
+    generator = torch.Generator().manual_seed(1)
+    for present in torch.randint(0, 2, (12, 4), generator=generator, dtype=torch.bool).tolist():
+        for param, here in zip(params, present, strict=True):
+            param.grad = torch.randn(param.shape, generator=generator) if here else None
+        _follow(opt, params, twin, copies)
+    counts = [opt.state[param]["step"].item() for param in params]
+    assert counts == [twin.state[other]["step"].item() for other in copies]
+    assert len(set(counts)) > 1
+
+
+def test_step_without_gradients_does_nothing(adamw: type[AdamW]) -> None:
+    params = [torch.nn.Parameter(torch.ones(3)), torch.nn.Parameter(torch.ones(0))]
+    opt = adamw(params)
+    opt.step()
+    assert not opt.state
+    params[1].grad = torch.ones(0)
+    opt.step()
+    assert list(opt.state) == [params[1]]
+    assert params[0].tolist() == [1, 1, 1]
+
+
+def test_frozen_and_thawed(adamw: type[AdamW]) -> None:
+    params = _model((4,), (4,))
+    params[1].grad = None
+    params[1].requires_grad_(False)
+    opt = adamw(params)
+    opt.step()
+    assert params[1] not in opt.state
+    params[1].requires_grad_(True)
+    params[1].grad = torch.ones(4)
+    opt.step()
+    assert [opt.state[p]["step"].item() for p in params] == [2, 1]
+
+
+def test_layouts(adamw: type[AdamW]) -> None:
+    """Parameters and gradients in any pair of layouts; the parameter's own is kept."""
+    images = torch.randn(4, 3, 5, 6)
+    params: list[Tensor] = [
+        torch.nn.Parameter(images.clone(memory_format=torch.channels_last)),
+        torch.nn.Parameter(torch.randn(6, 7).t()),
+        torch.nn.Parameter(images.clone()),
+        torch.nn.Parameter(torch.randn(1, 9)),
+    ]
+    strides = [param.stride() for param in params]
+    opt = adamw(params)
+    twin, copies = _twin(params)
+    for _ in range(3):
+        params[0].grad = torch.randn(4, 3, 5, 6).to(memory_format=torch.channels_last)
+        params[1].grad = torch.randn(7, 6)
+        params[2].grad = torch.randn(4, 3, 6, 5).transpose(2, 3)
+        params[3].grad = torch.randn(1, 1).expand(1, 9)
+        _follow(opt, params, twin, copies)
+        params[0].grad = torch.randn(4, 3, 5, 6)
+        params[1].grad = torch.randn(6, 7).t()
+        params[2].grad = torch.randn(4, 3, 5, 6)
+        params[3].grad = torch.complex(torch.randn(1, 9), torch.randn(1, 9)).conj().imag
+        _follow(opt, params, twin, copies)
+    assert [param.stride() for param in params] == strides
+    assert opt.state[params[0]]["exp_avg"].stride() == strides[0]
+
+
+def test_model_cast_between_steps(adamw: type[AdamW]) -> None:
+    """The moments stay float32, a mix that the kernel and the loop take."""
+    linear = torch.nn.Linear(3, 2)
+    opt = adamw(linear.parameters(), lr=0.1)
+    linear(torch.ones(1, 3)).sum().backward()
+    opt.step()
+    linear.to(torch.bfloat16)
+    opt.zero_grad()
+    linear(torch.ones(1, 3, dtype=torch.bfloat16)).sum().backward()
+    before = linear.bias.detach().clone()
+    opt.step()
+    assert opt.state[linear.bias]["exp_avg"].dtype == torch.float32
+    # the gradient was 1 in both steps, so this one is lr again, in bfloat16
+    torch.testing.assert_close(
+        before - linear.bias, torch.full((2,), 0.1).bfloat16(), atol=5e-3, rtol=0
+    )

@@ -1,0 +1,314 @@
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from scipy.stats import spearmanr
+
+from tests.text.architectures import make_model, make_tokenizer, random_texts
+from torsh_text import Encoder
+
+
+@pytest.fixture
+def tiny():
+    return Encoder(make_model("bert"), make_tokenizer(), max_length=40, name="tiny").eval()
+
+
+def test_minilm_knows_who_eats(minilm):
+    a, b = minilm.encode(["man is eating food", "man eats a piece of bread"])
+    assert a.norm().item() == pytest.approx(1, abs=1e-6)
+    # 0.7069 is what sentence-transformers 6.2 gives for the same weights
+    assert (a @ b).item() == pytest.approx(0.7069, abs=1e-4)
+
+
+def test_stsb_dev_correlation(minilm, stsb):
+    """0.92573 is what sentence-transformers 6.2 reaches on these pairs with the same weights."""
+    left, right, gold = (column[:500] for column in stsb)
+    vectors = minilm.encode([*left, *right])
+    scores = (vectors[:500] * vectors[500:]).sum(1)
+    assert spearmanr(scores, gold).statistic == pytest.approx(0.92573, abs=5e-4)
+
+
+def test_equals_the_padded_path(minilm, minilm_path, stsb):
+    padded = Encoder.from_pretrained(minilm_path, device="cpu", attn="padded")
+    texts = [*stsb[0][:60], "word " * 300, "", "  "]
+    with pytest.warns(UserWarning, match="1 of .* different texts have more than max_length=256"):
+        mine = minilm.encode(texts)
+    with pytest.warns(UserWarning, match="were cut"):
+        theirs = padded.encode(texts)
+    assert (mine - theirs).abs().max() <= 2e-6  # float32 rounding of unit vectors
+
+
+def test_equals_sentence_transformers(minilm, minilm_path, stsb):
+    library = pytest.importorskip("sentence_transformers")
+    peer = library.SentenceTransformer(str(minilm_path), device="cpu")
+    texts = [*stsb[0][:40], "", "naïve 日本語 🤗"]
+    expected = peer.encode(texts, convert_to_tensor=True)
+    assert (minilm.encode(texts) - expected).abs().max() <= 2e-6
+
+
+@pytest.mark.parametrize("max_tokens", [42, 100, "auto"])
+def test_order_and_duplicates(tiny, max_tokens):
+    texts = random_texts([5, 30, 1, 17, 0, 30, 8])
+    texts += [texts[3], texts[0]]
+    expected = torch.cat([tiny.encode([text]) for text in texts])
+    found = tiny.encode(texts, max_tokens=max_tokens)
+    assert (found - expected).abs().max() <= 2e-6
+    assert torch.equal(found[3], found[7])
+
+
+def test_duplicates_are_computed_once(tiny):
+    rows = []
+    tiny.backbone.register_forward_pre_hook(
+        lambda module, args, kwargs: rows.append(len(kwargs["packed"])), with_kwargs=True
+    )
+    tiny.encode(["w5", "w6 w7", "w5", "w5"])
+    assert sum(rows) == 2
+
+
+def test_more_texts_than_a_window(tiny, monkeypatch):
+    texts = random_texts([n % 7 for n in range(50)])
+    expected = tiny.encode(texts)
+    monkeypatch.setattr("torsh_text._runtime.WINDOW", 8)
+    assert (tiny.encode(iter(texts)) - expected).abs().max() <= 2e-6
+
+
+def test_shapes_and_kinds_of_output(tiny):
+    assert tiny.encode([]).shape == (0, 64)
+    assert tiny.encode("w5").shape == (64,)
+    as_array = tiny.encode(["w5", "w6"], out="numpy")
+    assert isinstance(as_array, np.ndarray)
+    assert as_array.dtype == np.float32
+    assert torch.equal(torch.from_numpy(as_array), tiny.encode(["w5", "w6"]))
+
+
+def test_empty_and_blank_texts_share_a_vector(tiny):
+    found = tiny.encode(["", "   ", "w5"])
+    assert (found[0] - found[1]).abs().max() <= 2e-6
+    assert (found[0] - found[2]).abs().max() > 0.1
+
+
+def test_dim_cuts_before_normalizing(minilm):
+    short = minilm.encode(["a cat", "a dog"], dim=32)
+    whole = minilm.encode(["a cat", "a dog"])[:, :32]
+    torch.testing.assert_close(short, whole / whole.norm(dim=1, keepdim=True))
+    with pytest.raises(ValueError, match="dim=385 is not between 1 and the model's 384"):
+        minilm.encode(["a cat"], dim=385)
+
+
+def test_prompt_is_put_before_the_text(tiny):
+    assert torch.equal(tiny.encode(["w9"], prompt="w5 "), tiny.encode(["w5 w9"]))
+
+
+def test_truncation_is_counted_once_and_can_be_refused(tiny):
+    texts = random_texts([50, 3, 60, 38]) + random_texts([50])
+    with pytest.warns(UserWarning, match="2 of 4 different texts") as caught:
+        cut = tiny.encode(texts)
+    assert len(caught) == 1
+    assert caught[0].filename == __file__
+    kept = [" ".join(text.split()[:38]) for text in texts]
+    assert (cut - tiny.encode(kept)).abs().max() <= 2e-6
+    with pytest.raises(ValueError, match=r"texts\[2\] has more than max_length=40 tokens"):
+        tiny.encode(["w5", "w6", *texts], long="error")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        tiny.encode(random_texts([38]))
+
+
+def test_long_texts_as_a_mean_of_their_pieces(tiny):
+    (text,) = random_texts([100])
+    words = text.split()
+    pieces = [" ".join(words[i : i + 38]) for i in (0, 38, 76)]
+    weights = torch.tensor([40.0, 40.0, 26.0]).unsqueeze(1)
+    expected = (tiny.encode(pieces) * weights).sum(0) / weights.sum()
+    found = tiny.encode(["w5", text, "w6"], long="mean")
+    torch.testing.assert_close(found[1], expected, atol=2e-6, rtol=0)
+    torch.testing.assert_close(found[0], tiny.encode("w5"), atol=2e-6, rtol=0)
+
+
+def test_out_of_memory_halves_the_budget_and_goes_on(tiny):
+    """The model really raises, at the size at which a small device would."""
+    sizes = []
+
+    def limited(module, args, kwargs):
+        sizes.append(kwargs["input_ids"].shape[1])
+        if sizes[-1] > 60:
+            raise torch.OutOfMemoryError("no more than 60 tokens fit")
+
+    texts = random_texts([n % 9 + 3 for n in range(60)])
+    expected = tiny.encode(texts)
+    handle = tiny.backbone.register_forward_pre_hook(limited, with_kwargs=True)
+    assert torch.allclose(tiny.encode(texts), expected, atol=2e-6)
+    assert max(sizes) > 60  # it did happen
+    sizes.clear()
+    tiny.encode(texts)
+    assert max(sizes) <= 60  # and was learnt
+    assert "at most 768" not in tiny.explain()
+    handle.remove()
+
+
+def test_out_of_memory_on_a_single_text_raises(tiny):
+    def full(module, args):
+        raise torch.OutOfMemoryError("nothing fits")
+
+    tiny.backbone.register_forward_pre_hook(full)
+    with pytest.raises(torch.OutOfMemoryError, match="nothing fits"):
+        tiny.encode(["w5", "w6"])
+
+
+def test_refuses_a_budget_below_one_text(tiny):
+    with pytest.raises(ValueError, match="max_tokens=5 is less than the 12 tokens"):
+        tiny.encode(random_texts([10]), max_tokens=5)
+
+
+def test_refuses_training_mode(tiny):
+    tiny.train()
+    for call in (tiny.encode, tiny.token_embeddings):
+        with pytest.raises(RuntimeError, match=r"call \.eval\(\) first"):
+            call(["w5"])
+
+
+def test_refuses_what_is_not_finite(tiny):
+    with torch.no_grad():
+        tiny.backbone.embeddings.word_embeddings.weight[77] = float("nan")
+    with pytest.raises(RuntimeError, match=r"texts\[2\] is not finite"):
+        tiny.encode(["w5", "w5", "w6 w77", "w77"])
+
+
+@pytest.mark.parametrize("bad", [None, 3.5, b"x"])
+def test_refuses_items_that_are_no_strings(tiny, bad):
+    with pytest.raises(TypeError, match=r"texts\[1\]"):
+        tiny.encode(["w5", bad])
+
+
+def test_refuses_options_it_does_not_have(tiny):
+    with pytest.raises(ValueError, match="out='list'"):
+        tiny.encode(["w5"], out="list")
+    with pytest.raises(ValueError, match="pooling='median'"):
+        Encoder(make_model("bert"), make_tokenizer(), pooling="median")
+    with pytest.raises(ValueError, match="attn='flash'"):
+        Encoder(make_model("bert"), make_tokenizer(), attn="flash")
+
+
+@pytest.mark.parametrize("family", ["bert", "roberta", "llama"])
+def test_forward_is_differentiable_and_equal_for_both_kinds_of_batch(family):
+    encoder = Encoder(make_model(family), make_tokenizer(), max_length=60, normalize=True)
+    texts = random_texts([9, 2, 30])
+    packed = encoder.pack(texts)
+    weights = torch.randn(3, encoder.dim)
+    parameters = [p for p in encoder.parameters() if p.requires_grad]
+    results = []
+    for batch in (packed, packed.padded(encoder.tokenizer.pad_token_id)):
+        vectors = encoder.eval()(batch)
+        loss = (vectors * weights).sum()
+        gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
+        results.append((vectors.detach(), gradients))
+    (a, grad_a), (b, grad_b) = results
+    assert (a - b).abs().max() <= 2e-6
+    assert torch.allclose(encoder.encode(texts), a, atol=2e-6)
+    largest = max(g.abs().max().item() for g in grad_a if g is not None)
+    for x, y in zip(grad_a, grad_b, strict=True):
+        assert x is None or (x - y).abs().max().item() <= 1e-5 * largest
+
+
+def test_forward_without_a_mask_reads_every_token(tiny):
+    ids = torch.tensor([[0, 5, 6, 2], [0, 7, 8, 2]])
+    expected = tiny(tiny.pack(["w5 w6", "w7 w8"]))
+    assert torch.allclose(tiny({"input_ids": ids}), expected, atol=2e-6)
+
+
+def test_forward_refuses_positions_of_another_family():
+    encoder = Encoder(make_model("roberta"), make_tokenizer(), max_length=40)
+    other = Encoder(make_model("bert"), make_tokenizer(), max_length=40)
+    with pytest.raises(ValueError, match=r"positions from 0, .* from 2; .*pack"):
+        encoder(other.pack(["w5"]))
+
+
+def test_forward_refuses_rows_beyond_the_positions(tiny):
+    long = Encoder(make_model("llama"), make_tokenizer(), max_length=600).pack(random_texts([598]))
+    with pytest.raises(ValueError, match="a row has 600 tokens, the model has 512 positions"):
+        tiny(long)
+
+
+def test_vectors_can_be_trained_on(tiny):
+    vectors = tiny.encode(["w5", "w6"])
+    head = torch.nn.Linear(64, 2)
+    head(vectors).sum().backward()
+    assert head.weight.grad is not None
+
+
+def test_token_embeddings_pool_to_the_vector(tiny):
+    texts = random_texts([7, 0, 12])
+    states = tiny.token_embeddings(texts)
+    assert [tuple(s.shape) for s in states] == [(9, 64), (2, 64), (14, 64)]
+    means = torch.stack([s.mean(0) for s in states])
+    assert torch.allclose(means, tiny.encode(texts), atol=2e-6)
+    with pytest.warns(UserWarning, match="1 of 1 texts"):
+        assert tiny.token_embeddings(random_texts([70]))[0].shape == (40, 64)
+
+
+def test_state_dict_of_the_backbone_is_that_of_transformers(tiny):
+    plain = make_model("bert")
+    assert list(tiny.backbone.state_dict()) == list(plain.state_dict())
+    assert all(key.startswith(("backbone.", "dense.")) for key in tiny.state_dict())
+
+
+def test_explain_names_the_path(tiny):
+    assert tiny.attention.name == "grouped"
+    text = tiny.explain()
+    assert "grouped: rows of equal length share one SDPA call" in text
+    assert "at most 768 tokens" in text
+
+
+def test_progress_writes_a_bar(tiny, capsys):
+    tiny.encode(["w5", "w6"], progress=True)
+    assert "0/2" in capsys.readouterr().err
+    tiny.encode(["w5", "w6"])
+    assert capsys.readouterr().err == ""
+
+
+def test_learns_a_task_through_packed_batches():
+    """Tells texts with even words from texts with odd words after a few steps."""
+    encoder = Encoder(make_model("bert"), make_tokenizer(), max_length=40).train()
+    head = torch.nn.Linear(encoder.dim, 2)
+    optimizer = torch.optim.AdamW([*encoder.parameters(), *head.parameters()], lr=1e-3)
+    generator = torch.Generator().manual_seed(0)
+    losses = []
+    for _ in range(40):
+        parity = torch.randint(0, 2, (16,), generator=generator)
+        words = torch.randint(2, 20, (16, 6), generator=generator) * 2 + parity.unsqueeze(1)
+        texts = [
+            " ".join(f"w{w}" for w in row[: 3 + i % 4]) for i, row in enumerate(words.tolist())
+        ]
+        loss = torch.nn.functional.cross_entropy(head(encoder(encoder.pack(texts))), parity)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert sum(losses[-5:]) / 5 < 0.5 * losses[0]
+
+
+@pytest.mark.gpu
+def test_bfloat16_on_a_gpu_keeps_the_direction(minilm, minilm_path, stsb):
+    fast = Encoder.from_pretrained(minilm_path)
+    assert fast.attention.name == "varlen"
+    assert fast.backbone.dtype == torch.bfloat16
+    texts = [*stsb[0][:200], "", "word " * 200]
+    mine, exact = fast.encode(texts).cpu(), minilm.encode(texts)
+    assert (mine * exact).sum(1).min() >= 0.9995
+
+
+@pytest.mark.gpu
+def test_real_out_of_memory_on_a_gpu(minilm_path):
+    encoder = Encoder.from_pretrained(minilm_path)
+    texts = [f"number {i} " + "word " * 200 for i in range(3000)]
+    expected = encoder.encode(texts, max_tokens=16_384)
+    torch.cuda.empty_cache()
+    total = torch.cuda.get_device_properties(0).total_memory
+    allowed = torch.cuda.memory_reserved() + 300 * 2**20
+    torch.cuda.set_per_process_memory_fraction(allowed / total)
+    try:
+        found = encoder.encode(texts, max_tokens=2**20)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    assert (found * expected).sum(1).min() >= 0.9995

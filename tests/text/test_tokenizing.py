@@ -1,0 +1,92 @@
+import numpy as np
+import pytest
+from transformers import AutoTokenizer, ByT5Tokenizer
+
+from tests.text.architectures import make_tokenizer, random_texts
+from torsh_text._tokenizing import RowTokenizer, checked_texts
+
+
+def _rows(found):
+    return [row.tolist() for row in np.split(found.ids, np.cumsum(found.lengths)[:-1])]
+
+
+def test_own_rules_replace_those_in_the_file(minilm_path):
+    tokenizer = AutoTokenizer.from_pretrained(minilm_path)
+    # what is in tokenizer.json, and would pad to 128 and cut at 128
+    assert tokenizer.backend_tokenizer.padding["length"] == 128
+    assert tokenizer.backend_tokenizer.truncation["max_length"] == 128
+    found = RowTokenizer(tokenizer, max_length=256).rows(["a cat", "word " * 300, "word " * 200])
+    assert found.lengths.tolist() == [4, 256, 202]
+    assert found.too_long == [1]
+    assert tokenizer.backend_tokenizer.padding["length"] == 128  # the given one is untouched
+
+
+def test_same_ids_as_transformers(minilm_path, stsb):
+    tokenizer = AutoTokenizer.from_pretrained(minilm_path)
+    texts = [*stsb[0][:100], "", "  ", "naïve 日本語 🤗"]
+    found = RowTokenizer(tokenizer, max_length=256).rows(texts)
+    assert _rows(found) == tokenizer(texts, padding=False, truncation=False)["input_ids"]
+
+
+def test_take_gathers_rows_in_any_order():
+    found = RowTokenizer(make_tokenizer(), max_length=50).rows(random_texts([3, 0, 7, 1]))
+    ids, lengths = found.take(np.array([2, 0, 3]))
+    rows = _rows(found)
+    assert ids.tolist() == rows[2] + rows[0] + rows[3]
+    assert lengths.tolist() == [9, 5, 3]
+
+
+def test_mean_keeps_every_token():
+    tokenizer = RowTokenizer(make_tokenizer(), max_length=6)
+    texts = random_texts([10, 2, 4])
+    found = tokenizer.rows(texts, long="mean")
+    assert found.pieces.tolist() == [3, 1, 1]
+    assert found.lengths.tolist() == [6, 6, 4, 4, 6]
+    inside = [i for row in _rows(found) for i in row[1:-1]]
+    assert inside == [int(word[1:]) for text in texts for word in text.split()]
+    assert found.too_long == [0]
+
+
+@pytest.mark.parametrize("long", ["truncate", "mean"])
+def test_tokenizers_written_in_python(long):
+    tokenizer = ByT5Tokenizer()
+    found = RowTokenizer(tokenizer, max_length=4).rows(["abcdefg", "", "ab"], long=long)
+    first = tokenizer("abc")["input_ids"]
+    assert _rows(found)[0] == first
+    assert found.too_long == [0]
+    assert found.pieces.tolist() == ([3, 1, 1] if long == "mean" else [1, 1, 1])
+
+
+def test_text_without_tokens_becomes_one_token():
+    tokenizer = make_tokenizer()
+    tokenizer.backend_tokenizer.post_processor = None
+    tokenizer.eos_token = "[SEP]"
+    assert _rows(RowTokenizer(tokenizer, max_length=6).rows(["", "w5", " "])) == [[2], [5], [2]]
+
+
+def test_lower_case():
+    tokenizer = RowTokenizer(make_tokenizer(), max_length=6, lower_case=True)
+    assert _rows(tokenizer.rows(["W7"])) == [[0, 7, 2]]
+
+
+def test_lone_surrogates_are_named():
+    tokenizer = RowTokenizer(make_tokenizer(), max_length=6)
+    with pytest.raises(ValueError, match=r"texts\[1\] holds a lone surrogate at character 2"):
+        tokenizer.rows(["fine", "w\u00e9\ud800"])
+
+
+def test_refuses_a_length_without_room():
+    with pytest.raises(ValueError, match="max_length=2 leaves no room .* at least 3"):
+        RowTokenizer(make_tokenizer(), max_length=2)
+
+
+@pytest.mark.parametrize("bad", [None, float("nan"), b"bytes", 3])
+def test_refuses_what_is_no_string(bad):
+    with pytest.raises(TypeError, match=r"texts\[1\] is .* not a string"):
+        checked_texts(["fine", bad])
+
+
+@pytest.mark.parametrize("bad", ["one", b"one"])
+def test_refuses_a_bare_string(bad):
+    with pytest.raises(TypeError, match="single string"):
+        checked_texts(bad)

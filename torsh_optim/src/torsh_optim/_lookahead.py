@@ -1,0 +1,307 @@
+"""Lookahead."""
+
+from collections import defaultdict
+from collections.abc import Callable
+from itertools import chain
+from typing import Any, Literal, overload
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+Pullback = Literal["none", "reset", "pullback"]
+
+_OPTIONS = ("lookahead_k", "lookahead_alpha", "lookahead_pullback", "lookahead_step")
+_MOMENTA = ("momentum_buffer", "exp_avg")  # first moments of torch's optimizers and of ours
+
+
+class Lookahead(Optimizer):
+    """Let an optimizer run ahead k steps, then go a part of the way to where it arrived.
+
+    Every ``k`` steps the slow weights move by ``alpha`` towards the weights that the wrapped
+    optimizer has reached, and the weights are set to them. The slow weights begin as the weights
+    that the first step finds.
+
+    The wrapper is an optimizer itself: schedulers, hooks, ``GradScaler``, checkpoints and Lightning
+    take it in place of the wrapped one. It has no groups or state of its own: ``param_groups``
+    (with the options as ``lookahead_*``, to be changed there) and ``state`` are those of
+    ``base_optimizer``, and saved states hold the slow weights as ``slow``. Step and save through
+    the wrapper, not through the wrapped optimizer.
+
+    A step with learning rate 0 in all groups is not counted: it moves nothing, and
+    ``torch.distributed.checkpoint`` takes such a step to create the state it then loads.
+
+    Args:
+        optimizer: Any optimizer, before or after its first step.
+        k: Steps between synchronisations, at least 1.
+        alpha: Part of the way to go, in (0, 1]; 1 changes nothing.
+        pullback: What happens to the first moment (``momentum_buffer``, ``exp_avg``) when the
+            weights go back: ``none`` keeps it, ``reset`` sets it to zero, ``pullback`` moves it by
+            ``alpha`` from its value at the last synchronisation, as the weights.
+
+    Raises:
+        TypeError: ``optimizer`` is not a ``torch.optim.Optimizer``.
+        ValueError: An option is out of range, or the optimizer already is a Lookahead.
+
+    Example:
+        Five steps of length 1 from 0 arrive at 5; half the way is 2.5.
+
+        >>> weight = torch.nn.Parameter(torch.zeros(1))
+        >>> opt = Lookahead(torch.optim.SGD([weight], lr=1.0), k=5, alpha=0.5)
+        >>> for _ in range(5):
+        ...     weight.grad = torch.tensor([-1.0])
+        ...     opt.step()
+        >>> weight.detach()
+        tensor([2.5000])
+
+    Reference:
+        Michael Zhang, James Lucas, Geoffrey Hinton, Jimmy Ba: Lookahead Optimizer: k steps forward,
+        1 step back, 2019, arXiv 1907.08610.
+    """
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        k: int = 5,
+        alpha: float = 0.5,
+        *,
+        pullback: Pullback = "none",
+    ) -> None:
+        if not isinstance(optimizer, Optimizer):
+            raise TypeError(
+                f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}"
+            )
+        if isinstance(optimizer, Lookahead):
+            raise ValueError("optimizer is a Lookahead already; wrap its base_optimizer")
+        if isinstance(k, bool) or not isinstance(k, int) or k < 1:
+            raise ValueError(f"k={k} must be an integer of at least 1")
+        if not 0.0 < alpha <= 1.0:
+            raise ValueError(f"alpha={alpha} must be in (0, 1]")
+        if pullback not in ("none", "reset", "pullback"):
+            raise ValueError(f"pullback={pullback!r} must be 'none', 'reset' or 'pullback'")
+        # Optimizer.__init__ would make groups and state of its own; this is what unpickling uses
+        # to complete an optimizer, hooks included.
+        self.__setstate__(
+            {"base_optimizer": optimizer, "_slow": {}, "_options": (k, float(alpha), pullback, 0)}
+        )
+
+    base_optimizer: Optimizer
+    _slow: dict[Tensor, dict[str, Tensor]]
+    _options: tuple[int, float, Pullback, int]
+
+    # --- one set of groups, state and defaults, the wrapped optimizer's ---
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """The wrapped optimizer's parameter groups."""
+        return self.base_optimizer.param_groups
+
+    @param_groups.setter
+    def param_groups(self, value: list[dict[str, Any]]) -> None:
+        self.base_optimizer.param_groups = value
+
+    @property
+    def state(self) -> defaultdict[Tensor, Any]:
+        """The wrapped optimizer's state."""
+        return self.base_optimizer.state
+
+    @state.setter
+    def state(self, value: defaultdict[Tensor, Any]) -> None:
+        self.base_optimizer.state = value
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a parameter group to the wrapped optimizer; its slow weights begin at its next step.
+
+        Args:
+            param_group: As the wrapped optimizer takes it.
+        """
+        self.base_optimizer.add_param_group(param_group)
+        self._set_options()
+
+    def _set_options(self) -> None:
+        for group in self.base_optimizer.param_groups:
+            for key, value in zip(_OPTIONS, self._options, strict=True):
+                group.setdefault(key, value)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {
+            "base_optimizer": self.base_optimizer,
+            "_slow": self._slow,
+            "_options": self._options,
+        }
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__({**state, "defaults": state["base_optimizer"].defaults})
+        self._set_options()
+
+    # --- the step ---
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """Let the wrapped optimizer take a step, and synchronise after every k-th.
+
+        Args:
+            closure: Evaluates the model again and returns the loss.
+
+        Returns:
+            What the wrapped optimizer's step returned.
+        """
+        groups = self.param_groups
+        counted = any(_moves(group["lr"]) for group in groups if "lr" in group) or not any(
+            "lr" in group for group in groups
+        )
+        if counted:
+            for group in groups:
+                self._begin(group)
+        loss = self.base_optimizer.step(closure)
+        if counted:
+            for group in groups:
+                group["lookahead_step"] += 1
+                if group["lookahead_step"] % group["lookahead_k"] == 0:
+                    self._synchronise(group)
+        return loss
+
+    def _begin(self, group: dict[str, Any]) -> None:
+        for param in group["params"]:
+            if param not in self._slow:
+                self._slow[param] = {"slow": param.detach().clone()}
+
+    @torch.no_grad()
+    def _synchronise(self, group: dict[str, Any]) -> None:
+        params: list[Tensor] = group["params"]
+        if not params:
+            return
+        slow = [self._slow_tensor(param, "slow") for param in params]
+        _interpolate(slow, params, group["lookahead_alpha"])
+        if group["lookahead_pullback"] == "none":
+            return
+        momenta = {param: self._momentum(param) for param in params if self.state.get(param)}
+        if group["lookahead_pullback"] == "reset":
+            torch._foreach_zero_(list(momenta.values()))
+            return
+        for param, momentum in momenta.items():
+            if "slow_momentum" not in self._slow[param]:
+                self._slow[param]["slow_momentum"] = torch.zeros_like(momentum)
+        saved = [self._slow_tensor(param, "slow_momentum") for param in momenta]
+        _interpolate(saved, list(momenta.values()), group["lookahead_alpha"])
+
+    def _slow_tensor(self, param: Tensor, key: str) -> Tensor:
+        tensor = self._slow[param][key]
+        if tensor.device != param.device or tensor.dtype != param.dtype:  # the model was moved
+            tensor = self._slow[param][key] = tensor.to(param.device, param.dtype)
+        return tensor
+
+    def _momentum(self, param: Tensor) -> Tensor:
+        state = self.state[param]
+        for key in _MOMENTA:
+            if isinstance(state.get(key), Tensor):
+                momentum: Tensor = state[key]
+                return momentum
+        raise RuntimeError(
+            f"lookahead_pullback needs a first moment ({' or '.join(_MOMENTA)}), but "
+            f"{type(self.base_optimizer).__name__} keeps {sorted(map(str, state))}; "
+            "use pullback='none'"
+        )
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Clear the gradients of all parameters.
+
+        Args:
+            set_to_none: Remove them instead of filling them with zeros.
+        """
+        self.base_optimizer.zero_grad(set_to_none)
+
+    # --- state dictionaries ---
+
+    @torch._disable_dynamo
+    def state_dict(self) -> dict[str, Any]:
+        """Return the wrapped optimizer's state with ``slow`` (and ``slow_momentum``) added."""
+        for pre_hook in self._optimizer_state_dict_pre_hooks.values():
+            pre_hook(self)
+        state_dict = self.base_optimizer.state_dict()
+        state = dict(state_dict["state"])
+        numbers = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
+        params = chain.from_iterable(group["params"] for group in self.param_groups)
+        for number, param in zip(numbers, params, strict=True):
+            slow = self._slow.get(param)
+            if slow is None:  # no step yet: the slow weights are the weights
+                slow = {"slow": param.detach().clone()}
+            state[number] = {**state.get(number, {}), **slow}
+        state_dict = {**state_dict, "state": state}
+        for post_hook in self._optimizer_state_dict_post_hooks.values():
+            result = post_hook(self, state_dict)
+            if result is not None:
+                state_dict = result
+        return state_dict
+
+    @torch._disable_dynamo
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state of a Lookahead, or of the wrapped optimizer alone.
+
+        With the latter the slow weights begin as the weights that the next step finds, and the
+        count at 0.
+
+        Args:
+            state_dict: What ``state_dict`` returned; not changed.
+
+        Raises:
+            ValueError: The wrapped optimizer refuses it, or a slow weight has a wrong shape.
+        """
+        state_dict = state_dict.copy()
+        for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
+            result = pre_hook(self, state_dict)
+            if result is not None:
+                state_dict = result
+
+        slow: dict[int, dict[str, Tensor]] = {}
+        fast: dict[Any, Any] = {}
+        for number, values in state_dict["state"].items():
+            kept = dict(values) if isinstance(values, dict) else values
+            if isinstance(kept, dict):
+                taken = {key: kept.pop(key) for key in ("slow", "slow_momentum") if key in kept}
+                if taken:
+                    slow[number] = taken
+            if kept:
+                fast[number] = kept
+        groups = state_dict["param_groups"]
+        numbers = list(chain.from_iterable(group["params"] for group in groups))
+        params = list(chain.from_iterable(group["params"] for group in self.param_groups))
+        for number, param in zip(numbers, params, strict=False):
+            for key, value in slow.get(number, {}).items():
+                if value.shape != param.shape:
+                    raise ValueError(
+                        f"{key!r} of parameter {number} in the loaded state has shape "
+                        f"{tuple(value.shape)}, the parameter {tuple(param.shape)}"
+                    )
+
+        self.base_optimizer.load_state_dict({**state_dict, "state": fast})
+        self._slow = {
+            param: {
+                key: torch.empty_like(param, dtype=value.dtype).copy_(value).detach()
+                for key, value in slow[number].items()
+            }
+            for number, param in zip(numbers, params, strict=True)
+            if number in slow
+        }
+        self._set_options()
+        for post_hook in self._optimizer_load_state_dict_post_hooks.values():
+            post_hook(self)
+
+
+def _moves(lr: float | Tensor) -> bool:
+    """Whether a learning rate moves anything; one on a device counts: reading it would wait."""
+    if isinstance(lr, Tensor) and not lr.is_cpu:
+        return True
+    return bool(lr != 0)
+
+
+def _interpolate(slow: list[Tensor], fast: list[Tensor], alpha: float) -> None:
+    """Move ``slow`` by ``alpha`` towards ``fast``, then ``fast`` to ``slow``."""
+    if slow:
+        torch._foreach_lerp_(slow, fast, alpha)
+        torch._foreach_copy_(fast, slow)

@@ -1,0 +1,299 @@
+"""Integer products on CPUs: which of torch's kernels is exact here, and how to call it.
+
+torch has two sets of int8 kernels for x86. Without VNNI both multiply through an instruction that
+adds two products in 16 bits and silently clips the sum. Whether that happens depends on the CPU
+and on what the environment lets each library use, so a kernel is not trusted by the CPU's name:
+it multiplies the largest integers once, and is used as wide as that product came out right.
+"""
+
+import threading
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, cast
+from weakref import ReferenceType, ref
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from torsh_quant._numerics import exact_conv2d, exact_linear, fold_groups, stored_integers
+
+Packed = Any  # a ScriptObject of torch's own, or a Tensor in oneDNN's layout
+
+
+@dataclass(frozen=True)
+class IntegerKernel:
+    """One way to multiply integers on this CPU.
+
+    Args:
+        name: What :func:`explain` calls it.
+        act_bits: Widest symmetric activations for which its sums are exact here.
+        fast: Whether it is an integer kernel rather than exact float64 arithmetic.
+    """
+
+    name: str
+    act_bits: int
+    fast: bool = True
+
+
+@dataclass(frozen=True)
+class ConvShape:
+    """Where a convolution's window goes: pairs for height and width, and the groups."""
+
+    stride: tuple[int, int]
+    padding: tuple[int, int]
+    dilation: tuple[int, int]
+    groups: int
+
+
+FLOAT64 = IntegerKernel("float64, exact but slow", 8, fast=False)
+
+_prepacking = threading.Lock()
+_packs: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+
+@dataclass(frozen=True)
+class _Entry:
+    versions: tuple[int, int]
+    scale: ReferenceType[Tensor]
+    packed: Packed
+
+
+def _version(tensor: Tensor) -> int:
+    return -1 if tensor.is_inference() else tensor._version
+
+
+def remembered(weight: Tensor, scale: Tensor, name: str, build: Callable[[], Packed]) -> Packed:
+    """Return what ``build()`` makes of these two tensors, kept until one of them changes.
+
+    Kept beside the tensors rather than in the module: the module's state stays plain tensors, and
+    loading, copying and moving it need nothing special.
+    """
+    entries: dict[str, _Entry] = _packs.setdefault(weight, {})
+    versions = (_version(weight), _version(scale))
+    entry = entries.get(name)
+    if entry is None or entry.versions != versions or entry.scale() is not scale:
+        entry = _Entry(versions, ref(scale), build())
+        entries[name] = entry
+    return entry.packed
+
+
+def folded(weight: Tensor, scale: Tensor, in_features: int) -> tuple[Tensor, Tensor]:
+    """Return the int8 weight and channel scale that the integer kernels multiply with."""
+    return fold_groups(stored_integers(weight, in_features, scale.shape[1]), scale)
+
+
+def _pack_fbgemm(weight: Tensor, scale: Tensor) -> Packed:
+    with _prepacking, warnings.catch_warnings():
+        # torch offers no other way to FBGEMM's packed form than a qint8 tensor.
+        warnings.filterwarnings("ignore", message="torch.quantize_per_tensor", module=__name__)
+        backends = cast("Any", torch.backends.quantized)
+        engine = backends.engine
+        if engine not in ("fbgemm", "x86"):
+            backends.engine = "fbgemm"
+        try:
+            zeros = torch.zeros(len(scale), dtype=torch.long)
+            quantized = torch._make_per_channel_quantized_tensor(weight, scale.double(), zeros, 0)
+            return torch.ops.quantized.linear_prepack(quantized, None)
+        finally:
+            if backends.engine != engine:
+                backends.engine = engine
+
+
+def _linear_fbgemm(q: Tensor, zero_point: int, packed: Packed) -> Tensor:
+    run = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32
+    return cast("Tensor", run(q, 1.0, zero_point, packed))
+
+
+def _pack_onednn(weight: Tensor, scale: Tensor) -> Packed:
+    packed = torch.ops.onednn.qlinear_prepack(weight, None)
+    return packed, scale, torch.zeros(len(scale), dtype=torch.int32)
+
+
+def _linear_onednn(q: Tensor, zero_point: int, packed: Packed) -> Tensor:
+    weight, scale, zeros = packed
+    run = torch.ops.onednn.qlinear_pointwise
+    shifted = to_uint8(q, zero_point)
+    out = run(
+        shifted, 1.0, zero_point, weight, scale, zeros, None, 1.0, 0, torch.float32, "none", [], ""
+    )
+    return cast("Tensor", out)
+
+
+_LINEAR: dict[str, tuple[Callable[..., Packed], Callable[..., Tensor]]] = {
+    "FBGEMM int8": (_pack_fbgemm, _linear_fbgemm),
+    "oneDNN int8": (_pack_onednn, _linear_onednn),
+}
+
+
+def to_uint8(q: Tensor, zero_point: int) -> Tensor:
+    """Shift integer-valued floats by the zero point into uint8, as the x86 kernels take them."""
+    return q.to(torch.int8).view(torch.uint8).add_(zero_point)
+
+
+def zero_point_for(act_bits: int) -> int:
+    """Return the shift that makes symmetric integers of that many bits unsigned."""
+    return 2 ** (act_bits - 1)
+
+
+def _extremes(act_bits: int) -> Tensor:
+    largest = float(zero_point_for(act_bits) - 1)
+    rows = torch.full((3, 256), largest)
+    rows[1] = -largest
+    rows[2, ::2] = -largest
+    return rows
+
+
+def _exact_linear_bits(name: str) -> int:
+    pack, run = _LINEAR[name]
+    weight = torch.full((32, 256), 127, dtype=torch.int8)
+    weight[::2] = -127
+    try:
+        packed = pack(weight, torch.ones(32))
+        for act_bits in (8, 7):
+            q = _extremes(act_bits)
+            if torch.equal(run(q, zero_point_for(act_bits), packed).double(), exact_linear(q, weight)):
+                return act_bits
+    except (RuntimeError, AttributeError, NotImplementedError):  # not in this build of torch
+        pass
+    return 0
+
+
+@cache
+def linear_kernels() -> tuple[IntegerKernel, ...]:
+    """Return the linear kernels that are exact here, best first; float64 is always the last."""
+    found = [IntegerKernel(name, bits) for name in _LINEAR if (bits := _exact_linear_bits(name))]
+    return (*sorted(found, key=lambda kernel: -kernel.act_bits), FLOAT64)
+
+
+def linear(q: Tensor, weight: Tensor, scale: Tensor, act_bits: int) -> Tensor:
+    """Multiply integer rows with a stored weight and scale each column.
+
+    Args:
+        q: ``(rows, in_features)`` float32 holding integers of ``act_bits`` bits.
+        weight: int8, or uint8 with two 4-bit integers a byte.
+        scale: ``(out_features, groups)``.
+        act_bits: At most that of the first of :func:`linear_kernels`.
+
+    Returns:
+        ``(rows, out_features)`` float32.
+    """
+    kernel = linear_kernels()[0]
+    if not kernel.fast:
+        integers, channel = remembered(
+            weight, scale, "integers", lambda: folded(weight, scale, q.shape[1])
+        )
+        return exact_linear(q, integers).float().mul_(channel)
+    pack, run = _LINEAR[kernel.name]
+    packed = remembered(
+        weight, scale, kernel.name, lambda: pack(*folded(weight, scale, q.shape[1]))
+    )
+    return run(q, zero_point_for(act_bits), packed)
+
+
+def _pack_conv(weight: Tensor, scale: Tensor, shape: ConvShape, act_bits: int) -> Packed:
+    packed = torch.ops.onednn.qconv_prepack(
+        weight,
+        scale,
+        1.0,
+        zero_point_for(act_bits),
+        shape.stride,
+        shape.padding,
+        shape.dilation,
+        shape.groups,
+        None,
+    )
+    return packed, scale, torch.zeros(len(scale), dtype=torch.int32)
+
+
+def _conv_onednn(q: Tensor, packed: Packed, shape: ConvShape, act_bits: int) -> Tensor:
+    weight, scale, zeros = packed
+    zero_point = zero_point_for(act_bits)
+    out = torch.ops.onednn.qconv_pointwise(
+        to_uint8(q, zero_point),
+        1.0,
+        zero_point,
+        weight,
+        scale,
+        zeros,
+        None,
+        shape.stride,
+        shape.padding,
+        shape.dilation,
+        shape.groups,
+        1.0,
+        0,
+        torch.float32,
+        "none",
+        [],
+        "",
+    )
+    return cast("Tensor", out)
+
+
+@cache
+def conv_kernels() -> tuple[IntegerKernel, ...]:
+    """Return the convolution kernels that are exact here, best first; float64 is the last."""
+    shape = ConvShape((1, 1), (1, 1), (1, 1), 1)
+    weight = torch.full((16, 16, 3, 3), 127, dtype=torch.int8)
+    weight[::2] = -127
+    for act_bits in (8, 7):
+        q = _extremes(act_bits).view(3, 16, 4, 4)
+        try:
+            packed = _pack_conv(weight, torch.ones(16), shape, act_bits)
+            out = _conv_onednn(q, packed, shape, act_bits).double()
+        except (RuntimeError, AttributeError, NotImplementedError):
+            break
+        if torch.equal(out, exact_conv2d(q, weight, [1, 1], [1, 1], [1, 1], 1)):
+            return IntegerKernel("oneDNN int8", act_bits), FLOAT64
+    return (FLOAT64,)
+
+
+def conv2d(
+    q: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    kernel_size: tuple[int, int],
+    shape: ConvShape,
+    act_bits: int,
+) -> Tensor:
+    """Convolve integer images with a stored weight and scale each channel.
+
+    Args:
+        q: ``(batch, channels, height, width)`` float32 holding integers of ``act_bits`` bits.
+        weight: ``(out_channels, ...)`` int8, or uint8 with two 4-bit integers a byte.
+        scale: ``(out_channels, scale groups)``.
+        kernel_size: Height and width of the window.
+        shape: The other figures of the convolution.
+        act_bits: At most that of the first of :func:`conv_kernels`.
+
+    Returns:
+        ``(batch, out_channels, height, width)`` float32, in whatever memory format the kernel has.
+    """
+    channels = q.shape[1] // shape.groups
+    height, width = kernel_size
+
+    def integers() -> tuple[Tensor, Tensor]:
+        flat, channel = folded(weight, scale, channels * height * width)
+        return flat.view(-1, channels, height, width), channel
+
+    if not conv_kernels()[0].fast:
+        kernel, channel = remembered(weight, scale, "conv integers", integers)
+        return exact_conv_scaled(q, kernel, channel, shape)
+    packed = remembered(
+        weight,
+        scale,
+        f"conv {shape} {act_bits}",
+        lambda: _pack_conv(*integers(), shape, act_bits),
+    )
+    return _conv_onednn(q, packed, shape, act_bits)
+
+
+def exact_conv_scaled(q: Tensor, kernel: Tensor, channel: Tensor, shape: ConvShape) -> Tensor:
+    """Convolve exactly in float64, then scale each output channel in float32."""
+    out = exact_conv2d(
+        q, kernel, list(shape.stride), list(shape.padding), list(shape.dilation), shape.groups
+    )
+    return out.float().mul_(channel[:, None, None])

@@ -1,0 +1,501 @@
+"""The encoder: texts or batches in, vectors out."""
+
+import os
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, overload
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from . import _backbone
+from ._attention import AttentionPath, last_states, packed_inputs, packed_path
+from ._packing import PackedBatch
+from ._pooling import POOLINGS, Pooling, pool_packed, pool_padded
+from ._runtime import (
+    Budget,
+    compute_rows,
+    default_max_tokens,
+    join_pieces,
+    progress_bar,
+    tokenized_windows,
+)
+from ._saving import write_model
+from ._selfcheck import adopt_packed_attention, attention_dropout, longest_window
+from ._tokenizing import Long, RowTokenizer, TokenRows, checked_texts
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+Attention = Literal["auto", "packed", "padded"]
+
+
+class Encoder(nn.Module):
+    """A transformer that turns texts into vectors, without padding.
+
+    As a layer (:meth:`forward`) it maps a batch of tokens to vectors and lets gradients flow. As a
+    tool (:meth:`encode`) it maps texts to vectors in input order. Most people start with
+    :meth:`from_pretrained`; this constructor takes parts that are already loaded.
+
+    At construction four random rows run packed and padded. A model that does not give the same
+    both ways runs padded, and a warning says so.
+
+    Args:
+        backbone: A model of transformers that returns ``last_hidden_state``.
+        tokenizer: Its tokenizer.
+        pooling: How token states become one vector: ``"mean"``, ``"cls"``, ``"max"``,
+            ``"lasttoken"``, ``"weightedmean"`` or ``"mean_sqrt_len_tokens"``; several are
+            concatenated in sentence-transformers' order.
+        normalize: Whether vectors are scaled to length one.
+        max_length: Tokens after which a text is cut, special tokens included; None for as many as
+            the model and tokenizer allow.
+        dense: Layers behind the pooling.
+        lower_case: Whether texts are lower-cased first.
+        prompts: Named prefixes the model was trained with.
+        default_prompt: Name of the prefix put before texts if :meth:`encode` gets none.
+        attn: ``"auto"``, ``"packed"`` (raise where the check fails) or ``"padded"``.
+        name: What messages call the model.
+
+    Attributes:
+        backbone: The transformer; its ``state_dict()`` is that of transformers.
+        tokenizer: The tokenizer as it was given.
+        dim: Size of the vectors.
+        max_length: Tokens after which a text is cut.
+        prompts: Named prefixes.
+        first_position: Position of a row's first token.
+
+    Raises:
+        ValueError: If an argument does not fit the model.
+        RuntimeError: If ``attn="packed"`` and the model cannot run packed.
+    """
+
+    def __init__(
+        self,
+        backbone: "PreTrainedModel",
+        tokenizer: Any,
+        *,
+        pooling: Pooling | Sequence[Pooling] = "mean",
+        normalize: bool = False,
+        max_length: int | None = None,
+        dense: Iterable[_backbone.Dense] = (),
+        lower_case: bool = False,
+        prompts: Mapping[str, str] | None = None,
+        default_prompt: str | None = None,
+        attn: Attention = "auto",
+        name: str | None = None,
+    ) -> None:
+        super().__init__()
+        if attn not in ("auto", "packed", "padded"):
+            raise ValueError(f"attn={attn!r} is none of 'auto', 'packed', 'padded'")
+        modes = (pooling,) if isinstance(pooling, str) else tuple(pooling)
+        if not modes or set(modes) - set(POOLINGS):
+            raise ValueError(f"pooling={pooling!r} is none of {', '.join(map(repr, POOLINGS))}")
+        self.backbone: PreTrainedModel = backbone
+        self.tokenizer = tokenizer
+        self.prompts = dict(prompts or {})
+        self.name = name or type(backbone).__name__
+        self.first_position = _backbone.first_position(backbone)
+        self.max_length = _backbone.resolve_max_length(backbone, tokenizer, max_length)
+        self._modes: tuple[str, ...] = tuple(mode for mode in POOLINGS if mode in modes)
+        self._normalize = normalize
+        self._lower_case = lower_case
+        self._default_prompt = default_prompt
+        self._rows = RowTokenizer(tokenizer, max_length=self.max_length, lower_case=lower_case)
+        text_config = backbone.config.get_text_config()
+        self._dim_in: int = text_config.hidden_size * len(self._modes)
+        layers = list(dense)
+        self.dense = nn.ModuleList(layers)
+        self.dim: int = layers[-1].linear.out_features if layers else self._dim_in
+        self._head_dim: int = getattr(text_config, "head_dim", None) or (
+            text_config.hidden_size // getattr(text_config, "num_attention_heads", 1)
+        )
+        pads = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
+        self._pad_id: int = next(i for i in pads if i is not None)
+        self._budget: Budget | None = None
+        self._fingerprint: tuple[object, str] | None = None
+        self._why_padded: str | None = "attn='padded' was asked for"
+        if attn != "padded":
+            self._why_padded = adopt_packed_attention(
+                backbone,
+                first_position=self.first_position,
+                max_length=self.max_length,
+                pad_id=self._pad_id,
+            )
+        if self._why_padded and attn == "packed":
+            raise RuntimeError(
+                f"{self.name} cannot run packed: {self._why_padded}. Use attn='auto' to pad instead"
+            )
+        if self._why_padded and attn == "auto":
+            warnings.warn(
+                f"{self.name} runs padded, which is slower: {self._why_padded}."
+                " attn='padded' chooses this silently",
+                stacklevel=2,
+            )
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name: str | os.PathLike[str],
+        *,
+        pooling: Pooling | Sequence[Pooling] | Literal["auto"] = "auto",
+        normalize: bool | Literal["auto"] = "auto",
+        max_length: int | None = None,
+        dtype: torch.dtype | str = "auto",
+        device: torch.device | str | None = None,
+        attn: Attention = "auto",
+        revision: str | None = None,
+        local_files_only: bool = False,
+        trust_remote_code: bool = False,
+    ) -> "Encoder":
+        """Load a sentence-transformers or plain transformers model, in eval mode.
+
+        Weights are read from safetensors, or with ``weights_only=True``; nothing is unpickled.
+
+        Args:
+            name: Hub id such as ``"sentence-transformers/all-MiniLM-L6-v2"``, or a folder.
+            pooling: ``"auto"`` reads the folder's ``modules.json``; without one it is ``"mean"``.
+            normalize: ``"auto"`` likewise; without ``modules.json`` it is False.
+            max_length: Tokens after which a text is cut; None reads it from the folder.
+            dtype: ``"auto"`` is bfloat16 on CUDA and float32 elsewhere; or a torch dtype or its
+                name. For training in mixed precision, load float32 and use autocast.
+            device: None for CUDA if there is one, else the CPU.
+            attn: ``"auto"`` packs where the check at load passes; ``"packed"`` insists;
+                ``"padded"`` never packs.
+            revision: Branch, tag or commit on the hub.
+            local_files_only: Do not ask the hub.
+            trust_remote_code: Let the model's own code run on this machine.
+
+        Raises:
+            FileNotFoundError: If the model is neither a folder nor to be had from the hub.
+            ValueError: If its files are damaged or of a kind this encoder has not.
+        """
+        place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        parts = _backbone.load_parts(
+            name,
+            dtype=_backbone.resolve_dtype(dtype, place),
+            device=place,
+            revision=revision,
+            local_files_only=local_files_only,
+            trust_remote_code=trust_remote_code,
+        )
+        layout = parts.layout
+        encoder = cls(
+            parts.backbone,
+            parts.tokenizer,
+            pooling=layout.pooling if pooling == "auto" else pooling,
+            normalize=bool(layout.normalize) if normalize == "auto" else normalize,
+            max_length=max_length or layout.max_length,
+            dense=parts.dense,
+            lower_case=layout.lower_case,
+            prompts=layout.prompts,
+            default_prompt=layout.default_prompt,
+            attn=attn,
+            name=str(name),
+        )
+        return encoder.eval()
+
+    def forward(self, batch: PackedBatch | Mapping[str, Tensor]) -> Tensor:
+        """Map a batch of tokens to vectors; gradients flow.
+
+        Args:
+            batch: A :class:`PackedBatch` (see :meth:`pack`), or a padded mapping with
+                ``input_ids`` ``(rows, length)`` and, unless nothing is padded,
+                ``attention_mask``.
+
+        Returns:
+            float32 ``(rows, dim)``, of length one if the model normalizes.
+        """
+        return self._finish(self._pooled(batch))
+
+    @overload
+    def encode(
+        self,
+        texts: str | Iterable[str],
+        *,
+        prompt: str | None = ...,
+        dim: int | None = ...,
+        out: Literal["torch"] = ...,
+        max_tokens: int | Literal["auto"] = ...,
+        long: Long = ...,
+        progress: bool = ...,
+    ) -> Tensor: ...
+
+    @overload
+    def encode(
+        self,
+        texts: str | Iterable[str],
+        *,
+        prompt: str | None = ...,
+        dim: int | None = ...,
+        out: Literal["numpy"],
+        max_tokens: int | Literal["auto"] = ...,
+        long: Long = ...,
+        progress: bool = ...,
+    ) -> np.ndarray: ...
+
+    def encode(
+        self,
+        texts: str | Iterable[str],
+        *,
+        prompt: str | None = None,
+        dim: int | None = None,
+        out: Literal["torch", "numpy"] = "torch",
+        max_tokens: int | Literal["auto"] = "auto",
+        long: Long = "truncate",
+        progress: bool = False,
+    ) -> Tensor | np.ndarray:
+        """Map texts to vectors in input order, without gradients.
+
+        Equal texts are computed once. Batches hold as many rows as fit a budget of tokens, the
+        longest first; if the device runs out of memory, the budget is halved and stays so.
+        Empty texts are legal: they get the vector of the special tokens alone.
+
+        Args:
+            texts: The texts, or one text.
+            prompt: Text put before each text, such as ``enc.prompts["query"]``; None for the
+                model's default, if it has one.
+            dim: Keep this many leading entries, before normalizing (for models trained so that
+                prefixes of their vectors are vectors).
+            out: ``"torch"`` for a float32 tensor on the model's device, ``"numpy"`` for an array.
+            max_tokens: Most tokens in a batch; ``"auto"`` is 768 on the CPU, 65,536 on CUDA in
+                half precision.
+            long: What happens to texts beyond ``max_length``: ``"truncate"`` cuts them and warns
+                with their number, ``"error"`` raises, ``"mean"`` averages the vectors of
+                consecutive pieces, weighted by their tokens.
+            progress: Show a progress bar.
+
+        Returns:
+            ``(texts, dim)``; ``(dim,)`` for one text.
+
+        Raises:
+            TypeError: If an item is not a string.
+            ValueError: If an option does not fit, or a text is no Unicode or too long.
+            RuntimeError: If the encoder is in training mode, or a vector is not finite.
+        """
+        if out not in ("torch", "numpy"):
+            raise ValueError(f"out={out!r} is neither 'torch' nor 'numpy'")
+        if dim is not None and not 1 <= dim <= self.dim:
+            raise ValueError(f"dim={dim} is not between 1 and the model's {self.dim}")
+        items, prefix = self._prepared(texts, prompt)
+        unique: dict[str, int] = {}
+        where = [unique.setdefault(prefix + text, len(unique)) for text in items]
+        keys = list(unique)
+        cut = 0
+        # allocated outside inference mode, so that callers may train on it
+        vectors = torch.empty(len(keys), self.dim, device=self.backbone.device)
+        with torch.inference_mode(), progress_bar(len(keys), shown=progress) as bar:
+            for start, rows in tokenized_windows(keys, self._rows, long=long):
+                cut += len(rows.too_long)
+                if cut and long == "error":
+                    index = where.index(start + rows.too_long[0])
+                    raise ValueError(
+                        f"texts[{index}] has more than max_length={self.max_length} tokens; use"
+                        " long='truncate', long='mean' or a larger max_length"
+                    )
+                pooled = torch.empty(len(rows.lengths), self.dim, device=vectors.device)
+
+                def compute(batch: PackedBatch, indices: Tensor, pooled: Tensor = pooled) -> None:
+                    pooled.index_copy_(0, indices, self._pooled(batch))
+                    bar.update(len(indices))
+
+                self._compute(rows, compute, max_tokens)
+                vectors[start : start + len(rows.pieces)] = join_pieces(pooled, rows)
+        vectors = self._finish(vectors, dim)
+        if cut and long == "truncate":
+            warnings.warn(
+                f"{cut} of {len(keys)} different texts have more than max_length="
+                f"{self.max_length} tokens and were cut; use long='mean' or long='error'",
+                stacklevel=2,
+            )
+        finite = vectors.isfinite().all(1)
+        if not bool(finite.all()):
+            index = where.index(int((~finite).nonzero()[0]))
+            raise RuntimeError(
+                f"the vector of texts[{index}] is not finite; load the model with dtype='float32'"
+            )
+        if len(unique) != len(items):
+            vectors = vectors[torch.tensor(where, device=vectors.device)]
+        if isinstance(texts, str):
+            vectors = vectors[0]
+        return vectors.cpu().numpy() if out == "numpy" else vectors
+
+    def token_embeddings(
+        self, texts: Iterable[str], *, max_tokens: int | Literal["auto"] = "auto"
+    ) -> list[Tensor]:
+        """Return the last state of every token, special tokens included, without gradients.
+
+        Args:
+            texts: The texts; those beyond ``max_length`` are cut, with a warning.
+            max_tokens: As for :meth:`encode`.
+
+        Returns:
+            For each text a float32 tensor ``(tokens, hidden)`` on the model's device.
+        """
+        items, prefix = self._prepared(texts, None)
+        device = self.backbone.device
+        found: list[Tensor] = [torch.empty(0, device=device)] * len(items)
+        cut = 0
+        with torch.no_grad():
+            for start, rows in tokenized_windows(
+                [prefix + text for text in items], self._rows, long="truncate"
+            ):
+                cut += len(rows.too_long)
+
+                def compute(batch: PackedBatch, indices: Tensor, start: int = start) -> None:
+                    states = self._token_states(batch).float().split(batch.lengths)
+                    for index, state in zip(indices.tolist(), states, strict=True):
+                        found[start + index] = state
+
+                self._compute(rows, compute, max_tokens)
+        if cut:
+            warnings.warn(
+                f"{cut} of {len(items)} texts have more than max_length={self.max_length} tokens"
+                " and were cut",
+                stacklevel=2,
+            )
+        return found
+
+    def pack(self, texts: Sequence[str]) -> PackedBatch:
+        """Tokenize texts into one packed batch on the CPU, in order: input of :meth:`forward`.
+
+        Texts beyond ``max_length`` are cut, with a warning. A ``DataLoader`` takes this as its
+        ``collate_fn``.
+        """
+        items, prefix = checked_texts(texts), self.prompts.get(self._default_prompt or "", "")
+        rows = self._rows.rows([prefix + text for text in items])
+        if rows.too_long:
+            warnings.warn(
+                f"{len(rows.too_long)} of {len(items)} texts have more than max_length="
+                f"{self.max_length} tokens and were cut",
+                stacklevel=2,
+            )
+        return PackedBatch.from_arrays(rows.ids, rows.lengths, first_position=self.first_position)
+
+    @property
+    def attention(self) -> AttentionPath:
+        """Which attention :meth:`encode` runs here, and why."""
+        if self._why_padded is not None:
+            return AttentionPath("padded", self._why_padded)
+        return packed_path(
+            self.backbone.device,
+            self.backbone.dtype,
+            head_dim=self._head_dim,
+            dropout=attention_dropout(self.backbone) if self.training else 0.0,
+            windowed=longest_window(self.backbone) > 0,
+        )
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of weights, tokenizer and settings: equal vectors need equal fingerprints."""
+        versions = tuple((p.data_ptr(), p._version) for p in self.parameters())
+        if self._fingerprint is None or self._fingerprint[0] != versions:
+            backend = getattr(self.tokenizer, "backend_tokenizer", None)
+            words = (
+                backend.to_str() if backend else repr(sorted(self.tokenizer.get_vocab().items()))
+            )
+            settings = (self._modes, self._normalize, self.max_length, self._lower_case)
+            config = self.backbone.config.to_json_string()
+            value = _backbone.digest(self.state_dict(), words, repr(settings), config)
+            self._fingerprint = (versions, value)
+        return self._fingerprint[1]
+
+    def explain(self) -> str:
+        """Say in a small table what runs and why."""
+        path = self.attention
+        default = default_max_tokens(self.backbone.device, self.backbone.dtype)
+        budget = self._budget.max_tokens if self._budget else default
+        lines = {
+            "model": self.name,
+            "vectors": f"{self.dim} entries, {'+'.join(self._modes)} pooling"
+            + (", length one" if self._normalize else ""),
+            "device": f"{self.backbone.device}, {str(self.backbone.dtype).removeprefix('torch.')}",
+            "attention": f"{path.name}: {path.why}",
+            "batches": f"at most {budget:,} tokens",
+            "texts": f"cut after {self.max_length:,} tokens",
+        }
+        return "\n".join(f"{key:<10}{value}" for key, value in lines.items())
+
+    def save_pretrained(self, path: str | os.PathLike[str]) -> None:
+        """Write a folder that :meth:`from_pretrained` and sentence-transformers load."""
+        write_model(
+            Path(path),
+            backbone=self.backbone,
+            tokenizer=self.tokenizer,
+            dim_in=self._dim_in // len(self._modes),
+            pooling=self._modes,
+            dense=self.dense,
+            normalize=self._normalize,
+            max_length=self.max_length,
+            lower_case=self._lower_case,
+            prompts=self.prompts,
+            default_prompt=self._default_prompt,
+        )
+
+    def _compute(
+        self,
+        rows: TokenRows,
+        compute: Callable[[PackedBatch, Tensor], None],
+        max_tokens: int | Literal["auto"],
+    ) -> None:
+        """Run rows through ``compute`` under the asked or the learnt budget."""
+        longest = int(rows.lengths.max())
+        if max_tokens != "auto" and max_tokens < longest:
+            raise ValueError(
+                f"max_tokens={max_tokens} is less than the {longest} tokens of one text"
+            )
+        if self._budget is None:
+            self._budget = Budget(default_max_tokens(self.backbone.device, self.backbone.dtype))
+        compute_rows(
+            rows,
+            compute,
+            budget=self._budget if max_tokens == "auto" else Budget(max_tokens),
+            device=self.backbone.device,
+            first_position=self.first_position,
+            padded=self._why_padded is not None,
+        )
+
+    def _prepared(self, texts: str | Iterable[str], prompt: str | None) -> tuple[list[str], str]:
+        if self.training:
+            raise RuntimeError(
+                "the encoder is in training mode, where dropout would change the vectors and this"
+                " call would drop gradients; call .eval() first, or call the encoder on a batch"
+            )
+        if prompt is None:
+            prompt = self.prompts.get(self._default_prompt or "", "")
+        return ([texts] if isinstance(texts, str) else checked_texts(texts)), prompt
+
+    def _token_states(self, batch: PackedBatch) -> Tensor:
+        """Token states ``(tokens, hidden)`` of a packed batch."""
+        if batch.first_position != self.first_position:
+            raise ValueError(
+                f"the batch counts positions from {batch.first_position}, {self.name} from"
+                f" {self.first_position}; make batches with encoder.pack(texts)"
+            )
+        limit = _backbone.longest_row(self.backbone)
+        if limit is not None and batch.max_length > limit:
+            raise ValueError(
+                f"a row has {batch.max_length} tokens, the model has {limit} positions"
+            )
+        if self._why_padded is None:
+            return last_states(self.backbone, packed_inputs(batch))[0]
+        inputs = batch.padded(self._pad_id)
+        return last_states(self.backbone, inputs)[inputs["attention_mask"].bool()]
+
+    def _pooled(self, batch: PackedBatch | Mapping[str, Tensor]) -> Tensor:
+        if isinstance(batch, PackedBatch):
+            vectors = pool_packed(self._token_states(batch), batch.cu_seqlens, self._modes)
+        else:
+            ids, mask = batch["input_ids"], batch.get("attention_mask")
+            mask = torch.ones_like(ids) if mask is None else mask
+            states = last_states(self.backbone, {"input_ids": ids, "attention_mask": mask})
+            vectors = pool_padded(states, mask, self._modes)
+        for layer in self.dense:
+            vectors = layer(vectors).float()
+        return vectors
+
+    def _finish(self, vectors: Tensor, dim: int | None = None) -> Tensor:
+        vectors = vectors if dim is None else vectors[:, :dim]
+        return F.normalize(vectors, dim=-1) if self._normalize else vectors

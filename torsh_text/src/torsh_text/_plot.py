@@ -1,0 +1,103 @@
+"""A map of vectors in the plane."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+
+def principal_plane(x: Tensor) -> Tensor:
+    """Project rows on their two widest directions ``(rows, 2)``.
+
+    Signs are fixed (the largest entry of each direction is positive), so maps do not flip.
+
+    Example:
+        >>> principal_plane(torch.tensor([[0.0, 0.0], [2.0, 0.0], [4.0, 0.0]]))[:, 0].tolist()
+        [-2.0, 0.0, 2.0]
+    """
+    x = x.detach().double().cpu()
+    x = x - x.mean(0)
+    directions = torch.zeros(2, x.shape[1], dtype=x.dtype)
+    found = torch.linalg.svd(x, full_matrices=False).Vh[:2]
+    directions[: len(found)] = found
+    largest = directions.gather(1, directions.abs().argmax(1, keepdim=True))
+    return (x @ (directions * torch.where(largest < 0, -1.0, 1.0)).T).float()
+
+
+def plot_map(
+    embeddings: Tensor,
+    labels: Tensor | Sequence[int],
+    names: Sequence[str] | None = None,
+    ax: "Axes | None" = None,
+    *,
+    method: Literal["pca", "tsne"] = "pca",
+    seed: int = 0,
+) -> "Axes":
+    """Draw vectors as points in the plane, coloured by cluster.
+
+    Args:
+        embeddings: ``(rows, dim)``, at least one row.
+        labels: Cluster of each row; negative is noise, drawn grey.
+        names: Legend entry of cluster 0, 1, ...; None for the numbers.
+        ax: Where to draw; None for a new figure.
+        method: ``"pca"`` keeps large distances, ``"tsne"`` (scikit-learn) keeps neighbours.
+        seed: Seed of t-SNE.
+
+    Returns:
+        The axes.
+
+    Raises:
+        ImportError: If matplotlib, or scikit-learn for t-SNE, is missing.
+    """
+    numbers = torch.as_tensor(labels).cpu()
+    if embeddings.ndim != 2 or len(embeddings) == 0 or len(numbers) != len(embeddings):
+        raise ValueError(
+            f"embeddings of shape {tuple(embeddings.shape)} and {len(numbers)} labels; expected"
+            " (rows, dim) with at least one row and a label for each"
+        )
+    if method not in ("pca", "tsne"):
+        raise ValueError(f"method={method!r} is neither 'pca' nor 'tsne'")
+    clusters = sorted({int(n) for n in numbers if n >= 0})
+    if names is not None and clusters and len(names) <= clusters[-1]:
+        raise ValueError(f"names has {len(names)} entries, labels go up to {clusters[-1]}")
+    try:
+        from matplotlib import colormaps
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise ImportError("plot_map needs matplotlib: pip install 'torsh-text[plot]'") from None
+    points = principal_plane(embeddings) if method == "pca" else _t_sne(embeddings, seed)
+    if ax is None:
+        ax = Figure(figsize=(7, 5), layout="constrained").add_subplot()
+    palette = colormaps["tab20" if len(clusters) > 10 else "tab10"]
+    noise = numbers < 0
+    if bool(noise.any()):
+        ax.scatter(*points[noise].T.tolist(), s=8, color="0.8", label="noise")
+    for position, label in enumerate(clusters):
+        ax.scatter(
+            *points[numbers == label].T.tolist(),
+            s=14,
+            color=palette(position % palette.N),
+            label=names[label] if names is not None else str(label),
+        )
+    ax.set(xticks=[], yticks=[])
+    ax.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False, fontsize="small")
+    return ax
+
+
+def _t_sne(x: Tensor, seed: int) -> Tensor:
+    try:
+        from sklearn.manifold import TSNE
+    except ImportError:
+        raise ImportError(
+            "method='tsne' needs scikit-learn: pip install 'torsh-text[topics]'"
+        ) from None
+    rows: Any = x.detach().float().cpu().numpy()
+    if len(rows) < 4:
+        return principal_plane(x)
+    perplexity = min(30.0, (len(rows) - 1) / 3)
+    points = TSNE(perplexity=perplexity, random_state=seed, init="pca").fit_transform(rows)
+    return torch.from_numpy(points)
