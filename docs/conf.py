@@ -1,6 +1,14 @@
 """Sphinx settings of the manual."""
 
+import sys
+from pathlib import Path
+
+from sphinx.application import Sphinx
+
 import torsh_optim
+
+sys.path.insert(0, str(Path(__file__).parent))
+from benchmark_pages import write_benchmark_pages
 
 project = "ToRSh for PyTorch"
 author = copyright = "The ToRSh authors"
@@ -26,3 +34,8 @@ autodoc_member_order = "bysource"
 autodoc_class_signature = "separated"
 napoleon_google_docstring = True
 napoleon_numpy_docstring = False
+
+
+def setup(app: Sphinx) -> None:
+    """Turn benchmark results into pages before anything is read."""
+    app.connect("builder-inited", lambda app: write_benchmark_pages(Path(app.srcdir, "benchmarks")))

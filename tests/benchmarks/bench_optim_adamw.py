@@ -1,6 +1,6 @@
 """AdamW beside torch's and others: device time, host time, bandwidth, launches, memory.
 
-    python tests/benchmarks/bench_optim_adamw.py [--json PATH] [--sweep] [--quick]
+    python tests/benchmarks/bench_optim_adamw.py [--json PATH] [--sweep] [--only NAME] [--cpu]
 
 On a GPU: shapes of ResNet-50, of a GPT-2-medium-like and a Llama-like model, and 465 tensors in 465
 groups, in float32 and pure bfloat16. Elsewhere: 20 million float32 parameters on the CPU.
@@ -69,7 +69,7 @@ def workloads() -> dict[str, tuple[list[Shape], bool]]:
             transformer(24, 1024, 50257, 4096, bias=True, gated=False),
             False,
         ),
-        "llama-like": (transformer(11, 2304, 32000, 6400, bias=False, gated=True), False),
+        "llama-like": (transformer(11, 2560, 32000, 6912, bias=False, gated=True), False),
         "465 groups": ([(256, 64) if i % 3 else (64,) for i in range(465)], True),
     }
 
@@ -245,7 +245,8 @@ def _line(row: dict[str, Any]) -> str:
         f"± {row['device_ms_spread']:.3f} ms ({row['copy_percent']:5.1f} % of copy)  "
         f"step {row['step_ms']:7.3f} ± {row['step_ms_spread']:.3f} ms  "
         f"host {row['host_us']:7.0f} µs  {row['launches']:3} launches  "
-        f"peak +{row['peak_bytes'] / 2**20:7.1f} MiB  {row['speedup_over_best_peer']:.2f}x best peer"
+        f"peak +{row['peak_bytes'] / 2**20:7.1f} MiB  "
+        f"{row['speedup_over_best_peer']:.2f}x best peer"
     )
 
 

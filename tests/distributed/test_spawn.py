@@ -31,7 +31,7 @@ def listening(pid):
     links = []
     for link in Path(f"/proc/{pid}/fd").iterdir():
         try:
-            links.append(os.readlink(link))
+            links.append(str(link.readlink()))
         except FileNotFoundError:
             continue
     own = {link[8:-1] for link in links if link.startswith("socket:[")}

@@ -1,8 +1,10 @@
 """AdamW through each of its implementations."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
+import torch
 
 from torsh_optim import AdamW
 
@@ -23,8 +25,6 @@ class ReferenceAdamW(AdamW):
 @pytest.fixture
 def triton_adamw() -> type[AdamW]:
     pytest.importorskip("triton")
-    import torch
-
     if not torch.cuda.is_available():
         import triton
 
@@ -33,7 +33,12 @@ def triton_adamw() -> type[AdamW]:
 
 
 @pytest.fixture(params=["cpu-fused", "triton", "reference"])
-def adamw(request: pytest.FixtureRequest) -> type[AdamW]:
-    if request.param == "triton":
-        return request.getfixturevalue("triton_adamw")
-    return AdamW if request.param == "cpu-fused" else ReferenceAdamW
+def adamw(request: pytest.FixtureRequest) -> Iterator[type[AdamW]]:
+    """Each implementation on the CPU; the kernel on the GPU, if there is one."""
+    if request.param != "triton":
+        yield AdamW if request.param == "cpu-fused" else ReferenceAdamW
+        return
+    kind = request.getfixturevalue("triton_adamw")
+    torch.set_default_device("cuda" if torch.cuda.is_available() else "cpu")
+    yield kind
+    torch.set_default_device(None)

@@ -315,10 +315,12 @@ def test_model_moved_after_steps() -> None:
     assert opt.state_dict()["state"][0]["slow"].dtype == torch.float64
 
 
-def test_parameters_without_gradient_stay() -> None:
+@pytest.mark.parametrize("pullback", ["none", "reset", "pullback"])
+def test_parameters_without_gradient_stay(pullback: Any) -> None:
     params = _params()
     still = params[1].detach().clone()
-    opt = Lookahead(AdamW(params), k=2, pullback="pullback")
+    groups = [{"params": params[:1]}, {"params": params[1:]}, {"params": []}]
+    opt = Lookahead(AdamW(groups), k=2, pullback=pullback)
     for _ in range(4):
         params[0].grad = torch.ones_like(params[0])
         opt.step()

@@ -126,10 +126,13 @@ def test_gradients_that_come_and_go(adamw: type[AdamW]) -> None:
     params = _model((20,), (3, 4), (5,), (1030,))
     opt = adamw(params, lr=0.1)
     twin, copies = _twin(params, lr=0.1)
-    generator = torch.Generator().manual_seed(1)
-    for present in torch.randint(0, 2, (12, 4), generator=generator, dtype=torch.bool).tolist():
+    generator = torch.Generator("cpu").manual_seed(1)
+    for present in torch.randint(
+        0, 2, (12, 4), generator=generator, dtype=torch.bool, device="cpu"
+    ).tolist():
         for param, here in zip(params, present, strict=True):
-            param.grad = torch.randn(param.shape, generator=generator) if here else None
+            values = torch.randn(param.shape, generator=generator, device="cpu").to(param)
+            param.grad = values if here else None
         _follow(opt, params, twin, copies)
     counts = [opt.state[param]["step"].item() for param in params]
     assert counts == [twin.state[other]["step"].item() for other in copies]

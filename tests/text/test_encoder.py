@@ -1,11 +1,13 @@
+import copy
 import warnings
 
 import numpy as np
 import pytest
 import torch
 from scipy.stats import spearmanr
+from transformers import BertConfig, BertModel
 
-from tests.text.architectures import make_model, make_tokenizer, random_texts
+from tests.text.architectures import VOCAB, make_model, make_tokenizer, random_texts
 from torsh_text import Encoder
 
 
@@ -288,27 +290,58 @@ def test_learns_a_task_through_packed_batches():
     assert sum(losses[-5:]) / 5 < 0.5 * losses[0]
 
 
+def _gpu_twins():
+    """A model of MiniLM's size with random weights, exact on the CPU and fast on the GPU."""
+    config = BertConfig(
+        vocab_size=VOCAB,
+        hidden_size=384,
+        num_hidden_layers=6,
+        num_attention_heads=12,
+        intermediate_size=1536,
+    )
+    torch.manual_seed(0)
+    exact = BertModel(config).eval()
+    fast = copy.deepcopy(exact).to("cuda", torch.bfloat16)
+    tokenizer = make_tokenizer()
+    return [
+        Encoder(model, tokenizer, normalize=True, max_length=256).eval() for model in (exact, fast)
+    ]
+
+
 @pytest.mark.gpu
-def test_bfloat16_on_a_gpu_keeps_the_direction(minilm, minilm_path, stsb):
-    fast = Encoder.from_pretrained(minilm_path)
+def test_bfloat16_on_a_gpu_keeps_the_direction():
+    exact, fast = _gpu_twins()
     assert fast.attention.name == "varlen"
-    assert fast.backbone.dtype == torch.bfloat16
-    texts = [*stsb[0][:200], "", "word " * 200]
-    mine, exact = fast.encode(texts).cpu(), minilm.encode(texts)
-    assert (mine * exact).sum(1).min() >= 0.9995
+    texts = random_texts([n * 37 % 200 for n in range(100)])
+    found = fast.encode(texts)
+    assert found.is_cuda
+    assert found.dtype == torch.float32
+    assert (found.cpu() * exact.encode(texts)).sum(1).min() >= 0.9995
 
 
 @pytest.mark.gpu
-def test_real_out_of_memory_on_a_gpu(minilm_path):
-    encoder = Encoder.from_pretrained(minilm_path)
-    texts = [f"number {i} " + "word " * 200 for i in range(3000)]
-    expected = encoder.encode(texts, max_tokens=16_384)
+def test_packed_gradients_on_a_gpu():
+    exact, fast = _gpu_twins()
+    texts = random_texts([30, 2, 77])
+    weights = torch.randn(3, 384)
+    (exact(exact.pack(texts)) * weights).sum().backward()
+    (fast(fast.pack(texts).to("cuda")) * weights.cuda()).sum().backward()
+    mine = fast.backbone.encoder.layer[0].attention.self.query.weight.grad.float().cpu()
+    theirs = exact.backbone.encoder.layer[0].attention.self.query.weight.grad
+    # bfloat16 through six layers and back
+    assert torch.cosine_similarity(mine.flatten(), theirs.flatten(), dim=0) >= 0.99
+
+
+@pytest.mark.gpu
+def test_real_out_of_memory_on_a_gpu():
+    _, fast = _gpu_twins()
+    texts = random_texts([250] * 3000)
+    expected = fast.encode(texts, max_tokens=16_384)
     torch.cuda.empty_cache()
     total = torch.cuda.get_device_properties(0).total_memory
-    allowed = torch.cuda.memory_reserved() + 300 * 2**20
-    torch.cuda.set_per_process_memory_fraction(allowed / total)
+    torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + 2**29) / total)
     try:
-        found = encoder.encode(texts, max_tokens=2**20)
+        found = fast.encode(texts, max_tokens=2**20)
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
     assert (found * expected).sum(1).min() >= 0.9995

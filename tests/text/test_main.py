@@ -39,7 +39,8 @@ def test_doctor():
 
 
 def test_search(file, minilm_path):
-    run = _run("search", file, "kitty", "stock market prices", "--k", 2, "--model", minilm_path, "--json")
+    queries = ("kitty", "stock market prices")
+    run = _run("search", file, *queries, "--k", 2, "--model", minilm_path, "--json")
     cats, money = json.loads(run.stdout)
     assert cats["query"] == "kitty"
     assert {match["line"] for match in cats["matches"]} == {0, 2}

@@ -24,10 +24,8 @@ def _formula(row, mode):
 def _batch(side):
     states = torch.randn(3, 6, 5)
     place = torch.arange(6)
-    if side == "left":
-        mask = place >= 6 - LENGTHS.unsqueeze(1)
-    else:
-        mask = place < LENGTHS.unsqueeze(1)
+    ends = LENGTHS.unsqueeze(1)
+    mask = place >= 6 - ends if side == "left" else place < ends
     rows = [s[m] for s, m in zip(states, mask, strict=True)]
     return states, mask, rows
 

@@ -1,4 +1,5 @@
 import warnings
+from itertools import pairwise
 
 import pytest
 import torch
@@ -85,7 +86,7 @@ def test_models_that_cannot_pack_fall_back_with_one_warning(family):
 
 
 def test_insisting_on_packing_raises():
-    with pytest.raises(RuntimeError, match="cannot run packed: .*attn='auto'"):
+    with pytest.raises(RuntimeError, match=r"cannot run packed: .*attn='auto'"):
         Encoder(make_model("mobilebert"), make_tokenizer(), attn="packed")
 
 
@@ -135,7 +136,7 @@ def test_bfloat16_on_a_gpu_points_the_same_way(family):
         states = last_states(model, packed_inputs(batch.to("cuda")))[0].float().cpu()
         padded = _padded_reference(model, batch.to("cuda")).float().cpu()
     ends = batch.cu_seqlens.tolist()
-    for start, stop in zip(ends, ends[1:], strict=False):
+    for start, stop in pairwise(ends):
         mine, theirs = states[start:stop].mean(0), padded[start:stop].mean(0)
         assert torch.cosine_similarity(mine, theirs, dim=0) >= 0.9995
         # rounding the weights themselves costs more than the kernel

@@ -76,7 +76,7 @@ def test_lone_surrogates_are_named():
 
 
 def test_refuses_a_length_without_room():
-    with pytest.raises(ValueError, match="max_length=2 leaves no room .* at least 3"):
+    with pytest.raises(ValueError, match=r"max_length=2 leaves no room .* at least 3"):
         RowTokenizer(make_tokenizer(), max_length=2)
 
 

@@ -8,6 +8,7 @@ import sys
 import time
 import traceback
 import warnings
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
@@ -100,6 +101,14 @@ class Outcome:
     failed: bool
 
 
+def with_needs(names: Collection[str]) -> list[Step]:
+    """The named steps and those they build on, in order."""
+    wanted = set(names)
+    for step in reversed(STEPS):
+        wanted |= set(step.needs) if step.name in wanted else set()
+    return [step for step in STEPS if step.name in wanted]
+
+
 def perform(step: Step, demo: Demo, failed: set[str]) -> Outcome:
     """Run one step; turn an error into a section that says what to do."""
     missing = [name for name in step.needs if name in failed]
@@ -140,6 +149,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--quick", action="store_true", help="one epoch each: mechanics, no results"
     )
+    names = [step.name for step in STEPS]
+    parser.add_argument("--only", choices=names, action="append", help="some of the steps")
     options = parser.parse_args(arguments)
     options.out.mkdir(parents=True, exist_ok=True)
     warnings.filterwarnings("ignore", category=DeprecationWarning, module="torch")
@@ -148,7 +159,9 @@ def main(arguments: list[str] | None = None) -> int:
     console = Console()
     demo = Demo(options.out, options.quick, console)
     start, outcomes, failed = time.perf_counter(), [], set[str]()
-    for step in STEPS:
+    chosen = with_needs(options.only or names)
+    for number, step in enumerate(chosen, 1):
+        console.print(f"[dim]{number}/{len(chosen)} {step.package} ...[/]")
         outcome = perform(step, demo, failed)
         show(outcome, console)
         outcomes.append(outcome)
@@ -164,7 +177,8 @@ def main(arguments: list[str] | None = None) -> int:
     console.print(summary)
 
     page = options.out / "report.html"
-    machine = f"torch {torch.__version__}, Python {platform.python_version()}, {torch.get_num_threads()} threads"
+    versions = f"torch {torch.__version__}, Python {platform.python_version()}"
+    machine = f"{versions}, {torch.get_num_threads()} threads"
     rows = [
         {**vars(o.step), "section": o.section, "time": f"{o.seconds:.1f} s", "failed": o.failed}
         for o in outcomes

@@ -2,12 +2,13 @@
 
 import torch
 import torch.nn.functional as F
-import torsh_nas as nas
-from digits import digits, to_float
 from matplotlib.figure import Figure
-from report import Section, Table
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
+
+import torsh_nas as nas
+from digits import digits, to_float
+from report import Section, Table
 
 CHANNELS = 16
 OPERATIONS = ("conv 3x3", "separable 5x5", "average", "skip")
@@ -80,7 +81,7 @@ def run(demo) -> Section:
     section = Section(
         f"found a cell that takes {found.ms:.2f} ms, budget {limit:.2f} ms",
         [
-            f"{space.size():,} cells to choose from; convolutions everywhere would take {slow:.2f} ms",
+            f"{space.size():,} cells to choose from; with convolutions everywhere {slow:.2f} ms",
             f"the result is a plain module of {parameters(demo.made.net):,} parameters; {path}",
         ],
     )

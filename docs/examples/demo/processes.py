@@ -5,11 +5,12 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from digits import accuracy, digits, to_float
 from matplotlib.figure import Figure
-from report import Section, Table
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+
+from digits import accuracy, digits, to_float
+from report import Section, Table
 from torsh_dist import CompressionStats, Int8, Step, compress, init, launch
 from torsh_optim import AdamW
 
@@ -77,7 +78,7 @@ def run(demo) -> Section:
         f"int8 gradients sent {small.stats.ratio:.0%} of the bytes; mean loss of the last epoch "
         f"{means['int8']:.4f} against {means['float32']:.4f} (tolerance {TOLERANCE})",
         [
-            f"{PROCESSES} processes over gloo, {small.stats.steps} steps; all ended with the same weights",
+            f"{PROCESSES} processes, {small.stats.steps} steps; all ended with the same weights",
             "the float32 row counts what a ring all-reduce of the same gradients sends",
         ],
     )

@@ -1,7 +1,6 @@
 """What a step of the demo hands back, and the page made of all of them."""
 
 import io
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -56,4 +55,4 @@ def write_report(path: Path, **content: object) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
     partial.write_text(environment.from_string(source).render(**content))
-    os.replace(partial, path)
+    partial.replace(path)

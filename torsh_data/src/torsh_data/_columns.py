@@ -6,7 +6,7 @@ the same width with the true dtype in the field's metadata.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -31,7 +31,11 @@ def infer_schema(sample: Mapping[str, Value]) -> pa.Schema:
 
 def _infer_field(name: str, value: Value) -> pa.Field:
     if isinstance(value, (np.ndarray, torch.Tensor)) and value.ndim:
-        tensor = torch.as_tensor(value)
+        tensor = _as_tensor(name, value)
+        if not tensor.numel():  # Arrow divides by the size of a row
+            raise ValueError(
+                f"column {name!r}: tensors of shape {tuple(tensor.shape)} hold nothing"
+            )
         stored, dtype = _STORED_AS.get(tensor.dtype, (tensor.dtype, None))
         try:
             numbers = pa.from_numpy_dtype(torch.empty(0, dtype=stored).numpy().dtype)
@@ -58,6 +62,20 @@ def _infer_field(name: str, value: Value) -> pa.Field:
     )
 
 
+def _as_tensor(name: str, value: Array | torch.Tensor) -> torch.Tensor:
+    if isinstance(value, torch.Tensor):
+        return value.detach().cpu()
+    if not (value.flags.writeable and value.flags.c_contiguous):  # torch refuses or warns
+        value = value.copy(order="C")
+    try:
+        return torch.from_numpy(value)
+    except TypeError:
+        raise TypeError(
+            f"column {name!r}: arrays of {value.dtype} cannot be stored; convert them to integers, "
+            "floats or booleans"
+        ) from None
+
+
 def encode(field: pa.Field, values: Sequence[Value], first: int) -> pa.Array:
     """One block of one column; `first` is the number of its first sample, for error messages."""
     if isinstance(field.type, pa.FixedShapeTensorType):
@@ -68,9 +86,8 @@ def encode(field: pa.Field, values: Sequence[Value], first: int) -> pa.Array:
                 f"sample {first + k}: column {field.name!r} holds {type(value).__name__}, but the "
                 f"column is {field.type}; give every sample the type of the first, or a schema"
             )
-    plain = [
-        v.item() if isinstance(v, (np.generic, np.ndarray, torch.Tensor)) else v for v in values
-    ]
+    held = (np.generic, np.ndarray, torch.Tensor)
+    plain = [value.item() if isinstance(value, held) else value for value in values]
     try:
         return pa.array(plain, field.type)
     except (pa.ArrowInvalid, OverflowError) as error:
@@ -102,14 +119,15 @@ def _encode_tensors(field: pa.Field, values: Sequence[Value], first: int) -> pa.
     stored = _STORED_AS.get(dtype, (dtype, None))[0]
     block = torch.empty(len(values), *shape, dtype=stored)
     for k, value in enumerate(values):
-        tensor = torch.as_tensor(value) if isinstance(value, (np.ndarray, torch.Tensor)) else None
+        is_tensor = isinstance(value, (np.ndarray, torch.Tensor))
+        tensor = _as_tensor(field.name, value) if is_tensor else None
         if tensor is None or tuple(tensor.shape) != shape or tensor.dtype != dtype:
             found = type(value).__name__ if tensor is None else _describe(tensor)
             raise ValueError(
                 f"sample {first + k}: column {field.name!r} holds {found}, but the column is "
                 f"{dtype} of shape {shape}; a tensor column has one dtype and shape"
             )
-        block[k] = tensor.detach().view(stored)
+        block[k] = tensor.view(stored)
     flat = pa.array(block.numpy().reshape(-1), field.type.value_type)
     return pa.ExtensionArray.from_storage(
         field.type, pa.FixedSizeListArray.from_arrays(flat, type=field.type.storage_type)
@@ -133,16 +151,13 @@ def getter(field: pa.Field, array: pa.Array) -> tuple[Getter, Array | None]:
     Slices the offset buffer by hand: `Array.take` and `as_py` cost ten times as much per row.
     """
     kind = field.type
-    if (
-        isinstance(kind, pa.FixedShapeTensorType)
-        and kind.permutation is None
-        and not array.null_count
-    ):
-        return _tensor_getter(field, array.storage, tuple(kind.shape), _tensor_dtype(field))
     if array.null_count:
         return (lambda row: array[row].as_py()), None
-    if pa.types.is_fixed_size_list(kind) and _is_plain_number(kind.value_type):
-        return _tensor_getter(field, array, (kind.list_size,), None)
+    if isinstance(kind, pa.FixedShapeTensorType) and kind.permutation is None:
+        return _tensor_getter(array.storage, tuple(kind.shape), _tensor_dtype(field))
+    is_row = pa.types.is_fixed_size_list(kind) and kind.list_size > 0
+    if is_row and _is_plain_number(kind.value_type):
+        return _tensor_getter(array, (kind.list_size,), None)
     if _is_plain_number(kind):
         return _number_getter(array), None
     wide = pa.types.is_large_string(kind) or pa.types.is_large_binary(kind)
@@ -160,7 +175,7 @@ def _number_getter(array: pa.Array) -> Getter:
     return memoryview(array.to_numpy(zero_copy_only=True)).__getitem__
 
 
-def _bytes_getter(array: pa.Array, code: str, is_text: bool) -> Getter:
+def _bytes_getter(array: pa.Array, code: Literal["i", "q"], is_text: bool) -> Getter:
     _, offset_buffer, data_buffer = array.buffers()
     offsets = memoryview(offset_buffer).cast("B").cast(code)[array.offset :]
     data = memoryview(data_buffer) if data_buffer is not None else memoryview(b"")
@@ -170,7 +185,7 @@ def _bytes_getter(array: pa.Array, code: str, is_text: bool) -> Getter:
 
 
 def _tensor_getter(
-    field: pa.Field, storage: pa.Array, shape: tuple[int, ...], dtype: torch.dtype | None
+    storage: pa.Array, shape: tuple[int, ...], dtype: torch.dtype | None
 ) -> tuple[Getter, Array | None]:
     # flatten() honours the offset of a sliced array, `values` does not
     rows = storage.flatten().to_numpy(zero_copy_only=True).reshape(len(storage), *shape)

@@ -17,6 +17,7 @@ from torch.utils.data import Dataset
 
 from torsh_data._columns import Array, Getter, Value, getter
 from torsh_data._index import INDEX_NAME, read_index
+from torsh_data._order import Ids
 from torsh_data._rng import generator, sample_keys, stream
 from torsh_data._shards import Damage, IndexedShard, Shard, Verify, open_shards
 
@@ -37,8 +38,8 @@ class ShardedDataset(Dataset[Any]):
     Reading costs a few microseconds a sample and no memory: Arrow blocks are used where they lie in
     the page cache, which all workers share. Shards from `write_shards` are checked against their
     index: a missing or shortened file when the data set is opened, a changed byte when its block is
-    first read. Compressed blocks and Parquet row groups are decoded to memory, of which each process
-    keeps the last 512 MB.
+    first read. Compressed blocks and Parquet row groups are decoded to memory, of which each
+    process keeps the last 512 MB.
 
     Args:
         source: A folder that `write_shards` wrote, or a folder, a glob pattern or a list of files
@@ -47,8 +48,8 @@ class ShardedDataset(Dataset[Any]):
         transform: Called with each sample, or with the sample and a `numpy.random.Generator` if it
             takes two arguments. The generator depends on the sample, and on the seed and epoch of
             the `StreamLoader` that reads it, never on workers or batches.
-        verify: `"first_read"` checks a block's checksum when a process first reads it, `"always"` at
-            every call, `"never"` not at all. Files from elsewhere have no checksums to check.
+        verify: `"first_read"` checks a block's checksum when a process first reads it, `"always"`
+            at every call, `"never"` not at all. Files from elsewhere have no checksums to check.
 
     Attributes:
         fingerprint: Changes if a name, a row count or a checksum changes.
@@ -62,6 +63,7 @@ class ShardedDataset(Dataset[Any]):
 
     Example:
         >>> import tempfile
+        >>> from torsh_data import write_shards
         >>> folder = tempfile.mkdtemp()
         >>> write_shards([{"text": "red", "label": 0}, {"text": "blue", "label": 1}], folder)
         >>> data = ShardedDataset(folder, transform=lambda s: s["text"].upper())
@@ -145,7 +147,7 @@ class ShardedDataset(Dataset[Any]):
         keys = sample_keys(*stream.get(), array).tolist()
         return [random(sample, generator(key)) for sample, key in zip(samples, keys, strict=True)]
 
-    def read_batch(self, ids: Sequence[int]) -> dict[str, Any]:
+    def read_batch(self, ids: Sequence[int] | Ids) -> dict[str, Any]:
         """Several samples column by column, without the transform.
 
         What `default_collate` makes of such samples, without making the samples: numbers become a
@@ -183,7 +185,7 @@ class ShardedDataset(Dataset[Any]):
             for block in range(shard.blocks + 1):
                 yield shard.path, shard.damage(block)
 
-    def _valid(self, ids: Sequence[int]) -> "np.ndarray[tuple[int], np.dtype[np.int64]]":
+    def _valid(self, ids: Sequence[int] | Ids) -> Ids:
         array = np.asarray(ids, dtype=np.int64).reshape(-1)
         rows = len(self)
         wrong = (array < -rows) | (array >= rows)
@@ -191,16 +193,14 @@ class ShardedDataset(Dataset[Any]):
             raise IndexError(f"sample {array[wrong][0]} of a data set of {rows}")
         return np.where(array < 0, array + rows, array)
 
-    def _samples(self, ids: "np.ndarray[tuple[int], np.dtype[np.int64]]") -> list[Sample]:
+    def _samples(self, ids: Ids) -> list[Sample]:
         names = self.columns
         return [
             {name: get(row) for name, get in zip(names, block[0], strict=True)}
             for block, row in self._places(ids)
         ]
 
-    def _places(
-        self, ids: "np.ndarray[tuple[int], np.dtype[np.int64]]"
-    ) -> list[tuple[_Block, int]]:
+    def _places(self, ids: Ids) -> list[tuple[_Block, int]]:
         numbers = np.searchsorted(self._starts, ids, side="right") - 1
         rows = (ids - self._starts[numbers]).tolist()
         wanted = numbers.tolist()
@@ -266,8 +266,8 @@ def _shared_schema(shards: Sequence[Shard]) -> pa.Schema:
         described.add(folder)
         if not shard.schema().equals(first):
             raise ValueError(
-                f"{shard.path} has the columns {_describe(shard.schema())}, but {shards[0].path} has "
-                f"{_describe(first)}; open them as two data sets"
+                f"{shard.path} has the columns {_describe(shard.schema())}, but {shards[0].path} "
+                f"has {_describe(first)}; open them as two data sets"
             )
     return first
 

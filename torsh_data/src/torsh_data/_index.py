@@ -1,9 +1,9 @@
 """`index.json`: what a data set's folder holds, written last and checked first.
 
 The file is JSON. `checksum` is the XXH3 of everything else in it, so damage to the index is found
-like damage to a shard. For each shard it lists the size in rows and bytes, and for each block of the
-shard its rows, where it begins, and the XXH3 of its bytes (the first block's include the file's head);
-`tail` is the XXH3 of what follows the last block, so one checksum covers every byte of a shard.
+like damage to a shard. For each shard it lists the size in rows and bytes, and for each block of
+the shard its rows, where it begins, and the XXH3 of its bytes (the first block's include the file's
+head); `tail` is the XXH3 of what follows the last block, so every byte of a shard is covered.
 """
 
 import json

@@ -19,6 +19,7 @@ from torsh_data._sizes import parse_bytes
 Batch: TypeAlias = Any  # what collate_fn returns
 Collate: TypeAlias = Callable[[list[Any]], Batch]
 State: TypeAlias = dict[str, int | str]
+DropLast: TypeAlias = bool | Literal["pad"]
 
 _VERSION = 1
 _WINDOW = "2GB"
@@ -28,12 +29,12 @@ _OURS = ("key", "index", "valid")
 class StreamLoader:
     """Batches in random order, whose place in the stream is a few numbers.
 
-    The order of samples is a pure function of (seed, epoch, position), so nothing has to be replayed
-    or rounded: a loader that loads the state of another goes on with the next sample, with any
-    other number of workers, ranks or samples in a batch. Step after step, rank `r` of `w` takes the
-    positions from `position + r * batch_size` on, then the position moves by `w * batch_size`. The
-    state counts the batches that the loop has received, not those that workers have prepared, and it
-    is the same on all ranks, so rank 0 alone can save it.
+    The order of samples is a pure function of (seed, epoch, position), so nothing has to be
+    replayed or rounded: a loader that loads the state of another goes on with the next sample, with
+    any other number of workers, ranks or samples in a batch. Step after step, rank `r` of `w` takes
+    the positions from `position + r * batch_size` on, then the position moves by `w * batch_size`.
+    The state counts the batches that the loop has received, not those that workers have prepared,
+    and it is the same on all ranks, so rank 0 alone can save it.
 
     Batches of mappings get two more entries: `index`, the sample ids, and `key`, a hash of (seed,
     epoch, sample id) that drives augmentation (`vision.RandAugment()(images, keys=batch["key"])`),
@@ -90,15 +91,16 @@ class StreamLoader:
         epoch: int = 0,
         num_workers: int = 0,
         collate_fn: Collate | None = None,
-        drop_last: bool | Literal["pad"] = True,
+        drop_last: DropLast = True,
         rank: int | None = None,
         world_size: int | None = None,
         prefetch_factor: int = 2,
     ) -> None:
         if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
             raise TypeError(
-                f"dataset is a {type(dataset).__name__} without a length and an index; StreamLoader "
-                "needs a map-style data set, write a stream to shards first (write_shards)"
+                f"dataset is a {type(dataset).__name__} without a length and an index; "
+                "StreamLoader needs a map-style data set, write a stream to shards first "
+                "(write_shards)"
             )
         for name, value, least in (
             ("batch_size", batch_size, 1),
@@ -118,7 +120,7 @@ class StreamLoader:
         self.batch_size = batch_size
         self.num_workers = num_workers
         self.collate_fn = collate_fn
-        self.drop_last = drop_last
+        self.drop_last: DropLast = drop_last
         self.prefetch_factor = prefetch_factor
         self._topology = None if rank is None else (rank, cast("int", world_size))
         self._rows = len(cast("Any", dataset))
@@ -219,10 +221,8 @@ class StreamLoader:
                 )
         epoch, position = state_dict["epoch"], state_dict["position"]
         for name, value in (("epoch", epoch), ("position", position)):
-            if not isinstance(value, int) or not 0 <= value:
-                raise ValueError(
-                    f"state_dict has {name}={value!r}, which is not a place in a stream"
-                )
+            if not isinstance(value, int) or value < 0:
+                raise ValueError(f"state_dict has {name}={value!r}, not a place in a stream")
         self._move(int(epoch), int(position))
 
     def set_epoch(self, epoch: int) -> None:
@@ -360,7 +360,7 @@ class _Requests(Sampler[_Request]):
         batch_size: int,
         rank: int,
         world: int,
-        drop_last: bool | Literal["pad"],
+        drop_last: DropLast,
     ) -> None:
         self.order, self.epoch, self.position = order, epoch, position
         self.batch_size, self.rank, self.world, self.drop_last = batch_size, rank, world, drop_last
@@ -404,7 +404,8 @@ class _Reader(Dataset[Batch]):
     ) -> None:
         self.dataset, self.collate, self.seed, self.pad = dataset, collate, seed, pad
 
-    def __getitem__(self, request: _Request) -> Batch:
+    def __getitem__(self, index: _Request) -> Batch:
+        request = index
         token = stream.set((self.seed, request.epoch))
         try:
             batch = self._read(request.ids)
@@ -431,11 +432,8 @@ class _Reader(Dataset[Batch]):
 
     def _read(self, ids: Ids) -> Batch:
         dataset = cast("Any", self.dataset)
-        if (
-            self.collate is None
-            and isinstance(dataset, ShardedDataset)
-            and dataset.transform is None
-        ):
+        is_plain = isinstance(dataset, ShardedDataset) and dataset.transform is None
+        if is_plain and self.collate is None:
             return dataset.read_batch(ids)
         if hasattr(dataset, "__getitems__"):
             samples = dataset.__getitems__(ids.tolist())

@@ -100,7 +100,8 @@ def uniform(keys: Keys | torch.Tensor, draw: int) -> npt.NDArray[np.float64] | t
     """
     step = _GAMMA * (2 * draw + 1) & _MASK  # odd multiples: no draw leaves the key as it is
     if isinstance(keys, np.ndarray):
-        return (mix(keys.view(np.uint64) + np.uint64(step)) >> np.uint64(11)) * 2.0**-53
+        high = mix(keys.view(np.uint64) + np.uint64(step)) >> np.uint64(11)
+        return high.astype(np.float64) * 2.0**-53
     bits = keys + _signed(step)
     bits = (bits ^ _logical_shift(bits, 30)) * _signed(_MULTIPLIERS[0])
     bits = (bits ^ _logical_shift(bits, 27)) * _signed(_MULTIPLIERS[1])

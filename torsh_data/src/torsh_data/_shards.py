@@ -236,7 +236,7 @@ def _open_arrow(path: Path) -> ArrowShard:
     shard = ArrowShard(str(path))
     if MARK in (shard.schema().metadata or {}):
         raise RuntimeError(
-            f"{path} is a shard that no {INDEX_NAME} beside it lists: the writer did not finish, or "
-            "the index was not copied; write the data set again or copy its index"
+            f"{path} is a shard that no {INDEX_NAME} beside it lists: the writer did not finish, "
+            "or the index was not copied; write the data set again or copy its index"
         )
     return shard

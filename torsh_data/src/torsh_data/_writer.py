@@ -6,7 +6,7 @@ import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 import pyarrow as pa
@@ -35,9 +35,9 @@ def write_shards(
     """Write samples as Arrow files with a checksum for each block, and an index.
 
     The same samples give the same bytes. Each shard gets its final name once it is complete and on
-    disk, and the index comes last: a writer that is killed leaves a folder that nothing mistakes for
-    a data set, and running it again starts over. The shards are plain Arrow IPC files that any Arrow
-    program reads.
+    disk, and the index comes last: a writer that is killed leaves a folder that nothing mistakes
+    for a data set, and running it again starts over. The shards are plain Arrow IPC files that any
+    Arrow program reads.
 
     Args:
         samples: Mappings with the same keys. A value is a tensor or array (same dtype and shape in
@@ -70,8 +70,8 @@ def write_shards(
     block_limit = parse_bytes(block_bytes, "block_bytes")
     if block_limit > shard_limit:
         raise ValueError(
-            f"block_bytes={block_bytes!r} is larger than shard_bytes={shard_bytes!r}; a shard holds "
-            "whole blocks"
+            f"block_bytes={block_bytes!r} is larger than shard_bytes={shard_bytes!r}; a shard "
+            "holds whole blocks"
         )
     if compression not in (None, "lz4", "zstd"):
         raise ValueError(f"compression={compression!r}; use None, 'lz4' or 'zstd'")
@@ -84,7 +84,7 @@ def write_shards(
     first = next(stream, None)
     if first is None:
         raise ValueError("samples is empty; a data set has at least one sample")
-    _check_columns(first, list(schema.names) if schema is not None else list(first), 0)
+    _check_columns(first, None if schema is None else list(schema.names), 0)
     schema = infer_schema(first) if schema is None else schema
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -108,16 +108,15 @@ def write_shards(
 
 
 def _shuffled(samples: Iterable[Mapping[str, Any]], seed: int) -> Iterator[Mapping[str, Any]]:
-    if not isinstance(samples, Sequence) and not (
-        hasattr(samples, "__len__") and hasattr(samples, "__getitem__")
-    ):
+    if not hasattr(samples, "__len__") or not hasattr(samples, "__getitem__"):
         raise TypeError(
             f"shuffle_seed={seed} needs samples with a length and an index, got "
             f"{type(samples).__name__}; pass a list or a map-style data set"
         )
-    rows = len(samples)
+    chosen = cast("Sequence[Mapping[str, Any]]", samples)
+    rows = len(chosen)
     order = Order(max(rows, 1), seed, window=max(rows, 1))
-    return (samples[int(i)] for i in order(0, np.arange(rows)))
+    return (chosen[int(i)] for i in order(0, np.arange(rows)))
 
 
 def _blocks(
@@ -142,10 +141,10 @@ def _blocks(
             rows = size = 0
 
 
-def _check_columns(sample: Mapping[str, Any], names: list[str], number: int) -> None:
+def _check_columns(sample: Mapping[str, Any], names: list[str] | None, number: int) -> None:
     if not isinstance(sample, Mapping):
         raise TypeError(f"sample {number} is a {type(sample).__name__}; a sample is a mapping")
-    if list(sample) != names and set(sample) != set(names):
+    if names is not None and list(sample) != names and set(sample) != set(names):
         raise ValueError(
             f"sample {number} has the columns {sorted(map(str, sample))}, expected {sorted(names)}"
         )

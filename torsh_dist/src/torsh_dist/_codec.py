@@ -22,6 +22,8 @@ from torsh_dist._wire import Layout, Section
 # A scale below the smallest normal number has no finite inverse: such groups send zeros and their
 # values wait in the residual.
 SMALLEST = torch.finfo(torch.float32).tiny
+# Above this, 127 times the rounded scale may overflow: such values count as infinite.
+LARGEST = 2.0**127
 _SLAB = 1 << 16  # values handled at a time, so that the intermediate results stay in the cache
 
 
@@ -98,8 +100,8 @@ def quantize_(values: Tensor, codes: Tensor, scales: Tensor) -> None:
     """Encode groups and leave in ``values`` what the codes lack: codes x scale + rest == value.
 
     The rest is exact: a value and its nearest multiple of the scale are within a factor of 2 of
-    each other, or the multiple is zero. A group with an infinity or a NaN gets the scale NaN, so
-    that it is NaN wherever it is decoded, and leaves no rest.
+    each other, or the multiple is zero. A group with an infinity, a NaN or a magnitude above 2^127
+    gets the scale NaN, so that it is NaN wherever it is decoded, and leaves no rest.
 
     Args:
         values: ``(groups, group_size)`` fp32, overwritten with the rest.
@@ -114,7 +116,7 @@ def quantize_(values: Tensor, codes: Tensor, scales: Tensor) -> None:
         ([[127, -2, 0, 0]], [1.0], [[0.0, -0.5, 0.25, 0.0]])
     """
     largest = torch.linalg.vector_norm(values, ord=math.inf, dim=1)
-    finite = torch.isfinite(largest)
+    finite = largest <= LARGEST
     scale = torch.where(finite, largest / 127, 0.0)
     scale = torch.where(scale < SMALLEST, 0.0, scale)
     inverse = torch.where(scale > 0, 1 / scale, 0.0)

@@ -11,12 +11,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from torsh_dist._codec import SMALLEST
+from torsh_dist._codec import LARGEST, SMALLEST
 from torsh_dist._wire import Layout
 
 # Adding and taking away 1.5 x 2^23 rounds a float below 2^22 to the nearest integer, ties to even.
 ROUNDER = tl.constexpr(12582912.0)
 TINY = tl.constexpr(SMALLEST)
+HUGE = tl.constexpr(LARGEST)
 INF = tl.constexpr(math.inf)
 NAN = tl.constexpr(math.nan)
 
@@ -29,7 +30,7 @@ def _quantize(values: tl.tensor) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
     """Return codes as floats, the scales to send and the rest, for ``(groups, group_size)``."""
     magnitude = tl.where(values == values, tl.abs(values), INF)
     largest = tl.max(magnitude, 1)
-    finite = largest < INF
+    finite = largest <= HUGE
     scale = tl.where(finite, tl.div_rn(largest, 127.0), 0.0)
     scale = tl.where(scale < TINY, 0.0, scale)
     some = scale > 0.0

@@ -148,8 +148,9 @@ def _rank_main(
     try:
         fn, args = pickle.loads(payload)  # noqa: S301
         store = dist.TCPStore(_LOOPBACK, port, is_master=False, timeout=timedelta(seconds=timeout))
-        with join(device, "auto", timeout, store):
-            value = pickle.dumps(fn(*args))
+        context = join(device, "auto", timeout, store)
+        value = pickle.dumps(fn(*args))
+        context.close()
         outcome = _Outcome(rank, time.monotonic(), value=value)
     except BaseException:
         outcome = _Outcome(rank, time.monotonic(), failure=traceback.format_exc())

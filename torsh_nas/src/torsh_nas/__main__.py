@@ -35,7 +35,7 @@ def doctor(*, json: bool = False) -> None:
     _table("torsh-nas doctor", ("what", "found"), [(k, str(v)) for k, v in report.items()])
 
 
-def show(arch: Path, *, out: Path | None = None, cell: str | None = None) -> None:
+def show(arch: Path, /, *, out: Path | None = None, cell: str | None = None) -> None:
     """Print the decisions of an architecture and, with --out, draw its cell.
 
     Args:

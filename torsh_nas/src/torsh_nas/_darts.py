@@ -1,5 +1,6 @@
 """Differentiable architecture search."""
 
+import copy
 from collections.abc import Mapping
 from typing import Any
 
@@ -152,7 +153,8 @@ class DARTS(Strategy):
             "version": 1,
             "space_id": self._space.space_id,
             "alphas": {label: alpha.detach().clone() for label, alpha in self._alphas.items()},
-            "optimizer": self._alpha_optimizer.state_dict(),
+            # torch hands out, and takes in, the live moment tensors.
+            "optimizer": copy.deepcopy(self._alpha_optimizer.state_dict()),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:

@@ -82,7 +82,7 @@ def fitted_state(
     state: dict[str, Any] = {}
     for key, value in values.items():
         if key == "step":
-            state[key] = torch.tensor(float(value), dtype=torch.float32)
+            state[key] = torch.tensor(float(value), dtype=torch.float32, device="cpu")
         elif key in slots:
             if not isinstance(value, Tensor) or value.shape != param.shape:
                 found = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__

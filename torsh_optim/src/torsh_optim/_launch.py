@@ -59,7 +59,7 @@ class LaunchBucket(Bucket):
         self._device = params[0].device
         self._types = [params[0].dtype, grad_dtype, *(tensors[0].dtype for tensors in states)]
 
-        elements = torch.tensor([p.numel() for p in params], dtype=torch.int64)
+        elements = _words([p.numel() for p in params])
         self._blocks = _block_map(elements, block).to(self._device)
 
         self._active_groups = sorted(set(group_of))
@@ -70,12 +70,14 @@ class LaunchBucket(Bucket):
 
         count = len(params)
         self._words = count * _COLUMNS
-        self._host = torch.zeros(self._words + count * _SCALARS // 2, dtype=torch.int64)
+        self._host = torch.zeros(
+            self._words + count * _SCALARS // 2, dtype=torch.int64, device="cpu"
+        )
         self._host_table = self._host[: self._words].view(count, _COLUMNS)
         self._host_rows = self._host[self._words :].view(torch.float32)
-        self._host_table[:, 0] = torch.tensor([p.data_ptr() for p in params])
+        self._host_table[:, 0] = _words([p.data_ptr() for p in params])
         for column, tensors in enumerate(states, start=_GRAD + 1):
-            self._host_table[:, column] = torch.tensor([t.data_ptr() for t in tensors])
+            self._host_table[:, column] = _words([t.data_ptr() for t in tensors])
         self._host_table[:, _ELEMENTS] = elements
 
         on_cuda = self._device.type == "cuda"
@@ -126,8 +128,7 @@ class LaunchBucket(Bucket):
             (_ROW, rows, self._rows),
         ):
             if current != last:
-                words = torch.frombuffer(array("q", current), dtype=torch.int64)
-                self._host_table[:, column] = words
+                self._host_table[:, column] = _words(current)
                 changed = True
         self._grads, self._rows = addresses, rows
 
@@ -151,11 +152,16 @@ class LaunchBucket(Bucket):
         return torch.cuda.device(self._device)
 
 
+def _words(numbers: list[int]) -> Tensor:
+    """An int64 tensor of the numbers, several times faster than ``torch.tensor``."""
+    return torch.frombuffer(array("q", numbers), dtype=torch.int64)
+
+
 def _block_map(elements: Tensor, block: int) -> Tensor:
     """Tensor and block inside it for each program: ``(programs, 2)`` int32."""
     blocks = (elements + block - 1) // block
-    owner = torch.repeat_interleave(torch.arange(len(blocks)), blocks)
-    inside = torch.arange(int(blocks.sum())) - (blocks.cumsum(0) - blocks)[owner]
+    owner = torch.repeat_interleave(torch.arange(len(blocks), device="cpu"), blocks)
+    inside = torch.arange(int(blocks.sum()), device="cpu") - (blocks.cumsum(0) - blocks)[owner]
     return torch.stack((owner, inside), dim=1).to(torch.int32)
 
 

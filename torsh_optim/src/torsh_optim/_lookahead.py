@@ -181,6 +181,8 @@ class Lookahead(Optimizer):
         if group["lookahead_pullback"] == "none":
             return
         momenta = {param: self._momentum(param) for param in params if self.state.get(param)}
+        if not momenta:
+            return
         if group["lookahead_pullback"] == "reset":
             torch._foreach_zero_(list(momenta.values()))
             return
@@ -302,6 +304,5 @@ def _moves(lr: float | Tensor) -> bool:
 
 def _interpolate(slow: list[Tensor], fast: list[Tensor], alpha: float) -> None:
     """Move ``slow`` by ``alpha`` towards ``fast``, then ``fast`` to ``slow``."""
-    if slow:
-        torch._foreach_lerp_(slow, fast, alpha)
-        torch._foreach_copy_(fast, slow)
+    torch._foreach_lerp_(slow, fast, alpha)
+    torch._foreach_copy_(fast, slow)

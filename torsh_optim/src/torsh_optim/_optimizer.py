@@ -286,7 +286,7 @@ class FusedOptimizer(Optimizer):
         state = self.state[param]
         slots = self._slots(group)
         if "step" not in state:
-            state["step"] = torch.zeros((), dtype=torch.float32)
+            state["step"] = torch.zeros((), dtype=torch.float32, device="cpu")
         for slot in slots:
             if slot not in state:
                 state[slot] = torch.zeros_like(param, memory_format=torch.preserve_format)

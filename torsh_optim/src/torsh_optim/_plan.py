@@ -168,7 +168,7 @@ class Plan:
 
         The 0-d tensors in the state stay the same objects; only their memory becomes a view.
         """
-        counts = torch.tensor([float(step) for step in steps], dtype=torch.float32)
+        counts = torch.tensor([float(step) for step in steps], dtype=torch.float32, device="cpu")
         for step, view in zip(steps, counts.unbind(), strict=True):
             step.data = view
         remaining = iter(steps)
@@ -227,5 +227,5 @@ class Plan:
         if all(taken):
             self._counts.add_(1.0)
         else:
-            self._counts.add_(torch.tensor(taken, dtype=torch.float32))
+            self._counts.add_(torch.tensor(taken, dtype=torch.float32, device="cpu"))
         return self._counts.tolist()

@@ -85,6 +85,16 @@ def folded(weight: Tensor, scale: Tensor, in_features: int) -> tuple[Tensor, Ten
     return fold_groups(stored_integers(weight, in_features, scale.shape[1]), scale)
 
 
+def channel_sums(weight: Tensor, scale: Tensor, in_features: int) -> Tensor:
+    """Return each channel's sum of integers times its scale: what a zero point is worth."""
+
+    def build() -> Tensor:
+        integers, channel = folded(weight, scale, in_features)
+        return integers.sum(1, dtype=torch.int32).float().mul_(channel)
+
+    return cast("Tensor", remembered(weight, scale, "sums", build))
+
+
 def _pack_fbgemm(weight: Tensor, scale: Tensor) -> Packed:
     with _prepacking, warnings.catch_warnings():
         # torch offers no other way to FBGEMM's packed form than a qint8 tensor.
@@ -115,7 +125,7 @@ def _pack_onednn(weight: Tensor, scale: Tensor) -> Packed:
 def _linear_onednn(q: Tensor, zero_point: int, packed: Packed) -> Tensor:
     weight, scale, zeros = packed
     run = torch.ops.onednn.qlinear_pointwise
-    shifted = to_uint8(q, zero_point)
+    shifted = to_uint8(q.to(torch.int8), zero_point)
     out = run(
         shifted, 1.0, zero_point, weight, scale, zeros, None, 1.0, 0, torch.float32, "none", [], ""
     )
@@ -129,8 +139,8 @@ _LINEAR: dict[str, tuple[Callable[..., Packed], Callable[..., Tensor]]] = {
 
 
 def to_uint8(q: Tensor, zero_point: int) -> Tensor:
-    """Shift integer-valued floats by the zero point into uint8, as the x86 kernels take them."""
-    return q.to(torch.int8).view(torch.uint8).add_(zero_point)
+    """Shift int8 in place to uint8, as the x86 kernels take them; 128 wraps around as it should."""
+    return q.view(torch.uint8).add_(zero_point)
 
 
 def zero_point_for(act_bits: int) -> int:
@@ -154,7 +164,9 @@ def _exact_linear_bits(name: str) -> int:
         packed = pack(weight, torch.ones(32))
         for act_bits in (8, 7):
             q = _extremes(act_bits)
-            if torch.equal(run(q, zero_point_for(act_bits), packed).double(), exact_linear(q, weight)):
+            if torch.equal(
+                run(q, zero_point_for(act_bits), packed).double(), exact_linear(q, weight)
+            ):
                 return act_bits
     except (RuntimeError, AttributeError, NotImplementedError):  # not in this build of torch
         pass
@@ -240,13 +252,14 @@ def conv_kernels() -> tuple[IntegerKernel, ...]:
     weight = torch.full((16, 16, 3, 3), 127, dtype=torch.int8)
     weight[::2] = -127
     for act_bits in (8, 7):
-        q = _extremes(act_bits).view(3, 16, 4, 4)
+        q = _extremes(act_bits).view(3, 16, 4, 4).to(torch.int8)
+        expected = exact_conv2d(q, weight, [1, 1], [1, 1], [1, 1], 1)
         try:
             packed = _pack_conv(weight, torch.ones(16), shape, act_bits)
             out = _conv_onednn(q, packed, shape, act_bits).double()
         except (RuntimeError, AttributeError, NotImplementedError):
             break
-        if torch.equal(out, exact_conv2d(q, weight, [1, 1], [1, 1], [1, 1], 1)):
+        if torch.equal(out, expected):
             return IntegerKernel("oneDNN int8", act_bits), FLOAT64
     return (FLOAT64,)
 
@@ -262,7 +275,7 @@ def conv2d(
     """Convolve integer images with a stored weight and scale each channel.
 
     Args:
-        q: ``(batch, channels, height, width)`` float32 holding integers of ``act_bits`` bits.
+        q: ``(batch, channels, height, width)`` int8 of ``act_bits`` bits; it is overwritten.
         weight: ``(out_channels, ...)`` int8, or uint8 with two 4-bit integers a byte.
         scale: ``(out_channels, scale groups)``.
         kernel_size: Height and width of the window.

@@ -53,7 +53,17 @@ class Explanation:
         return tuple(row for row in self.rows if row.fallback)
 
     def __str__(self) -> str:
-        head = ["layer", "scheme", "kernel", "act bits", "bytes fp32", "now", "packed", "gain", "why"]
+        head = [
+            "layer",
+            "scheme",
+            "kernel",
+            "act bits",
+            "bytes fp32",
+            "now",
+            "packed",
+            "gain",
+            "why",
+        ]
         rows = [
             [
                 row.layer or "(model)",

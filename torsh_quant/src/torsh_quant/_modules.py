@@ -390,6 +390,8 @@ def _is_channels_last(weight: Tensor) -> bool:
     # By its strides: with one input channel both layouts count as contiguous.
     _, channels, height, width = weight.shape
     strides = (channels * height * width, 1, width * channels, channels)
-    return weight.stride() == strides and channels * height * width > 1 and not (
-        height == width == 1 and weight.stride(2) == 1
+    return (
+        weight.stride() == strides
+        and channels * height * width > 1
+        and not (height == width == 1 and weight.stride(2) == 1)
     )

@@ -15,7 +15,12 @@ TINY = torch.finfo(torch.float32).tiny
 
 
 def weight_qparams(weight: Tensor, spec: IntSpec, group_size: int) -> tuple[Tensor, Tensor | None]:
-    """Choose scales and zero points by the extremes of each group (round to nearest).
+    """Choose scales and zero points, from the weights alone.
+
+    Above 4 bits by the extremes of each group. At 4 bits and below, the range is searched for the
+    least squared error: ends clipped or widened by steps of 5 %, and for symmetric formats with
+    the extreme on either side, so that it may use the one more integer below zero. A scale is
+    then negative where the extreme is positive.
 
     Args:
         weight: ``(out_features, in_features)``, finite.
@@ -29,20 +34,60 @@ def weight_qparams(weight: Tensor, spec: IntSpec, group_size: int) -> tuple[Tens
         >>> weight = torch.tensor([[-1.0, 0.5, 127.0, 0.0]])
         >>> weight_qparams(weight, IntSpec(8), group_size=4)
         (tensor([[1.]]), None)
+        >>> weight_qparams(torch.tensor([[-7.0, 3.0, 8.0]]), IntSpec(4), group_size=3)
+        (tensor([[-1.]]), None)
     """
     groups = weight.float().unflatten(1, (-1, group_size))
-    low, high = groups.amin(2), groups.amax(2)
+    shape = groups.shape[:2]
     if spec.group == "tensor":
-        low, high = low.amin().expand_as(low), high.amax().expand_as(high)
+        groups = groups.reshape(1, 1, -1)
+    if spec.bits > 4:
+        scale, zero_point = _from_range(groups.amin(2), groups.amax(2), spec)
+    else:
+        scale, zero_point = _searched(groups, spec)
+    scale = scale.expand(shape).contiguous()
+    return scale, None if zero_point is None else zero_point.expand(shape).contiguous()
+
+
+def _from_range(low: Tensor, high: Tensor, spec: IntSpec) -> tuple[Tensor, Tensor | None]:
     low, high = low.clamp(max=0), high.clamp(min=0)
     if spec.symmetric:
         extreme = torch.maximum(-low, high)
-        scale = torch.where(extreme > 0, (extreme / spec.qmax).clamp(min=TINY), 1.0)
-        return scale.contiguous(), None
-    span = high / (spec.qmax - spec.qmin) - low / (spec.qmax - spec.qmin)
+        return torch.where(extreme > 0, (extreme / spec.qmax).clamp(min=TINY), 1.0), None
+    levels = spec.qmax - spec.qmin
+    span = high / levels - low / levels
     scale = torch.where(span > 0, span.clamp(min=TINY), 1.0)
     zero_point = (spec.qmin - torch.round(low / scale)).clamp(spec.qmin, spec.qmax)
-    return scale.contiguous(), zero_point.to(torch.int8).contiguous()
+    return scale, zero_point.to(torch.int8)
+
+
+def _searched(groups: Tensor, spec: IntSpec) -> tuple[Tensor, Tensor | None]:
+    low, high = groups.amin(2), groups.amax(2)
+    candidates: list[tuple[Tensor, Tensor | None]] = []
+    if spec.symmetric:
+        extreme = torch.where(-low > high, low, high) / spec.qmin
+        for ratio in (0.8, 0.85, 0.9, 0.95, 1.0, 1.05, 1.1, 1.15):
+            step = extreme * ratio
+            step = torch.where(step.abs() > TINY, step, 1.0)
+            candidates += [(step, None), (-step, None)]
+    else:
+        candidates = [
+            _from_range(low * shrink, high * other, spec)
+            for shrink in (1.0, 0.95, 0.9, 0.85, 0.8)
+            for other in (1.0, 0.95, 0.9, 0.85, 0.8)
+        ]
+    least = torch.full_like(low, torch.inf)
+    scale, zero_point = candidates[0]
+    for step, offset in candidates:
+        shift = 0.0 if offset is None else offset[..., None].float()
+        q = torch.round(groups / step[..., None]).add_(shift).clamp_(spec.qmin, spec.qmax)
+        error = q.sub_(shift).mul_(step[..., None]).sub_(groups).square_().sum(2)
+        better = error < least
+        least = torch.where(better, error, least)
+        scale = torch.where(better, step, scale)
+        if zero_point is not None and offset is not None:
+            zero_point = torch.where(better, offset, zero_point)
+    return scale, zero_point
 
 
 def quantize_weight(
@@ -52,7 +97,7 @@ def quantize_weight(
 
     Example:
         >>> quantize_weight(torch.tensor([[1.0, 2.5, -9.0]]), torch.ones(1, 1), None, IntSpec(4))
-        tensor([[ 1,  2, -7]], dtype=torch.int8)
+        tensor([[ 1,  2, -8]], dtype=torch.int8)
     """
     groups = weight.float().unflatten(1, (scale.shape[1], -1))
     q = torch.round(groups / scale[..., None])
@@ -159,35 +204,34 @@ def fold_groups(q: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
     return folded.flatten(1), step[:, 0, 0].contiguous()
 
 
-def activation_scale(extreme: Tensor, bits: int) -> Tensor:
-    """Return the scale that maps ``extreme`` to the largest integer; never zero.
+def quantize_rows(x: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Round each row to integers with its own scale and zero point.
 
-    Example:
-        >>> activation_scale(torch.tensor([254.0, 0.0]), bits=8)
-        tensor([2.0000e+00, 1.1755e-38])
-    """
-    return (extreme / (2 ** (bits - 1) - 1)).clamp_(min=TINY)
+    ``q = round(x / scale) - zero_point``, half to even, where the range from the smallest to the
+    largest value, zero included, takes up the integers from ``-qmax`` to ``qmax``. Zero is
+    always met exactly, so padding with it is exact too.
 
-
-def quantize_rows(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-    """Round each row to integers, half to even, with its own symmetric scale.
+    Args:
+        x: ``(rows, ...)``.
+        bits: 2 to 8; ``qmax`` is ``2**(bits-1) - 1``.
 
     Returns:
-        Integer-valued float32 of the shape of ``x``, and the scale ``(rows, 1, ...)``. A row with
-        NaN or infinity gets a scale that is not finite, so its outputs are NaN and no others.
+        Integer-valued float32 of the shape of ``x``; scale and zero point ``(rows, 1, ...)``,
+        float32. A row with NaN or infinity gets a scale that is not finite, so that its outputs
+        are NaN and no others.
 
     Example:
-        >>> quantize_rows(torch.tensor([[-2.0, 1.0, 0.4]]), bits=3)
-        (tensor([[-3.,  2.,  1.]]), tensor([[0.6667]]))
+        >>> quantize_rows(torch.tensor([[0.0, 3.0, 6.0], [-2.0, 1.0, 4.0]]), bits=3)
+        (tensor([[-3.,  0.,  3.], [-3.,  0.,  3.]]), tensor([[1.], [1.]]), tensor([[3.], [1.]]))
     """
+    qmax = 2 ** (bits - 1) - 1
     dims = tuple(range(1, x.ndim))
     x = x.float()
-    if x.numel():
-        extreme = torch.maximum(x.amax(dims, keepdim=True), -x.amin(dims, keepdim=True))
-    else:
-        extreme = x.new_zeros((x.shape[0],) + (1,) * len(dims))
-    scale = activation_scale(extreme, bits)
-    return (x / scale).round_(), scale
+    low, high = x.amin(dims, keepdim=True).clamp_(max=0), x.amax(dims, keepdim=True).clamp_(min=0)
+    scale = (high / (2 * qmax) - low / (2 * qmax)).clamp_(min=TINY)
+    zero_point = torch.round(high / scale).sub_(qmax)
+    q = (x / scale).round_().sub_(zero_point).clamp_(-qmax, qmax)
+    return q, scale, zero_point
 
 
 def exact_linear(q: Tensor, weight: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from torsh_quant import _cpu
-from torsh_quant._cpu import ConvShape, exact_conv_scaled, folded, remembered
+from torsh_quant._cpu import ConvShape, channel_sums, exact_conv_scaled, folded, remembered
 from torsh_quant._numerics import dequantize_weight, exact_linear, quantize_rows, stored_integers
 
 # Not torch.library.custom_op, whose first call imports the compiler: seconds that a forward pass
@@ -83,11 +83,12 @@ def linear(
     if not rows.shape[0]:
         return x.new_empty(shape)
     bits = activation_bits(act_bits, x.device, "linear")
-    q, row_scale = quantize_rows(rows, bits)
+    q, row_scale, zero_point = quantize_rows(rows, bits)
     if x.device.type == "cpu":
         out = _cpu.linear(q, weight, scale, bits)
     else:
         out = _integer_linear_elsewhere(q, weight, scale)
+    out.addcmul_(zero_point, channel_sums(weight, scale, x.shape[-1]))
     out = out.mul_(row_scale) if bias is None else torch.addcmul(bias, out, row_scale, out=out)
     return out.view(shape).to(x.dtype)
 
@@ -135,7 +136,10 @@ def _integer_conv(
         return _cpu.conv2d(q, weight, scale, kernel_size, shape, bits)
     channels = q.shape[1] // shape.groups
     flat, channel = remembered(
-        weight, scale, "integers", lambda: folded(weight, scale, channels * kernel_size[0] * kernel_size[1])
+        weight,
+        scale,
+        "integers",
+        lambda: folded(weight, scale, channels * kernel_size[0] * kernel_size[1]),
     )
     return exact_conv_scaled(q, flat.view(-1, channels, *kernel_size), channel, shape)
 
@@ -169,13 +173,33 @@ def conv2d(
         out = F.conv2d(x, floats, offset, shape.stride, shape.padding, shape.dilation, groups)
         return out.contiguous(memory_format=layout)
     bits = activation_bits(act_bits, x.device, "conv")
-    q, image_scale = quantize_rows(x, bits)
-    out = _integer_conv(q, weight, scale, (height, width), shape, bits)
-    if bias is None:
-        out *= image_scale
-    else:
-        torch.addcmul(bias[:, None, None], out, image_scale, out=out)
+    q, image_scale, zero_point = quantize_rows(x, bits)
+    padded = _padded(q, zero_point, shape.padding)
+    inside = ConvShape(shape.stride, (0, 0), shape.dilation, groups)
+    out = _integer_conv(padded, weight, scale, (height, width), inside, bits)
+    offset = zero_point * image_scale
+    offset = offset * channel_sums(weight, scale, channels * height * width)[:, None, None]
+    if bias is not None:
+        offset += bias[:, None, None]
+    torch.addcmul(offset, out, image_scale, out=out)
     return out.to(dtype=x.dtype, memory_format=layout)
+
+
+def _padded(q: Tensor, zero_point: Tensor, padding: tuple[int, int]) -> Tensor:
+    """Return int8 images with a border of each image's own zero."""
+    batch, channels, height, width = q.shape
+    down, across = padding
+    if not (down or across):
+        return q.to(torch.int8)
+    out = torch.empty(
+        (batch, channels, height + 2 * down, width + 2 * across),
+        dtype=torch.int8,
+        device=q.device,
+        memory_format=_output_format(q, channels_last=False),  # to spare a slow transposing copy
+    )
+    out.copy_(-zero_point)
+    out[:, :, down : down + height, across : across + width] = q
+    return out
 
 
 def _pair(values: Sequence[int]) -> tuple[int, int]:

@@ -192,7 +192,9 @@ def sensitivity(
     else:
         values, samples = _by_swapping(model, layers, batches, parsed, score)
     rows = [
-        LayerScore(name, str(scheme), values[name, str(scheme)], _nbytes(_made(layer, scheme, name)))
+        LayerScore(
+            name, str(scheme), values[name, str(scheme)], _nbytes(_made(layer, scheme, name))
+        )
         for name, layer in layers.items()
         for scheme in parsed
     ]

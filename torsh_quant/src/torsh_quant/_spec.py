@@ -18,9 +18,8 @@ class IntSpec:
 
     Args:
         bits: 2 to 8.
-        symmetric: The zero of the floats is the zero of the integers, and the integers use
-            ``-(2**(bits-1) - 1) .. 2**(bits-1) - 1``. Otherwise each scale comes with an integer
-            zero point and the whole range down to ``-2**(bits-1)`` is used.
+        symmetric: The zero of the floats is the zero of the integers. Otherwise each scale comes
+            with an integer zero point.
         group: What shares one scale: the whole ``"tensor"``, an output ``"channel"``, a
             ``"token"`` (one row of activations; one image for convolutions), or that many
             neighbouring weights of one output channel.
@@ -32,8 +31,8 @@ class IntSpec:
     Example:
         >>> IntSpec(bits=4, group=32)
         IntSpec(bits=4, symmetric=True, group=32, dynamic=False)
-        >>> IntSpec(bits=4).qmax, IntSpec(bits=4).qmin, IntSpec(bits=4, symmetric=False).qmin
-        (7, -7, -8)
+        >>> [(spec.qmin, spec.qmax) for spec in (IntSpec(8), IntSpec(8, False), IntSpec(4))]
+        [(-127, 127), (-128, 127), (-8, 7)]
     """
 
     bits: int = 8
@@ -59,8 +58,8 @@ class IntSpec:
 
     @property
     def qmin(self) -> int:
-        """Smallest integer in use."""
-        return -self.qmax if self.symmetric else -self.qmax - 1
+        """Smallest integer in use; symmetric formats above 4 bits leave the lowest one out."""
+        return -self.qmax if self.symmetric and self.bits > 4 else -self.qmax - 1
 
 
 @dataclass(frozen=True)
@@ -75,9 +74,9 @@ class Scheme:
     Args:
         weight: Format of the weight. ``group=None`` picks per layer: one scale per output channel
             above 4 bits, groups (see :func:`default_group_size`) at 4 bits and below.
-        act: Format of the input; None leaves it in floating point. Always symmetric, per token
-            and dynamic. ``bits=7`` gives the same integers on every machine: CPUs without VNNI
-            have no fast exact 8-bit product (see :func:`explain`).
+        act: Format of the input; None leaves it in floating point. Always with a zero point, per
+            token and dynamic. ``bits=7`` gives the same integers on every machine: CPUs without
+            VNNI have no fast exact 8-bit product (see :func:`explain`).
 
     Raises:
         ValueError: If the two formats cannot be multiplied as integers.
@@ -86,7 +85,7 @@ class Scheme:
         >>> Scheme.parse("w4a16-g32").weight
         IntSpec(bits=4, symmetric=True, group=32, dynamic=False)
         >>> Scheme.parse("w8a8").act
-        IntSpec(bits=8, symmetric=True, group='token', dynamic=True)
+        IntSpec(bits=8, symmetric=False, group='token', dynamic=True)
         >>> str(Scheme.parse("w4a16-g32-asym"))
         'w4a16-g32-asym'
     """
@@ -102,9 +101,10 @@ class Scheme:
             )
         if self.act is None:
             return
-        if self.act.group != "token" or not self.act.dynamic or not self.act.symmetric:
+        if self.act.group != "token" or not self.act.dynamic or self.act.symmetric:
             raise ValueError(
-                f"act={self.act} is not supported; use IntSpec(bits, group='token', dynamic=True)"
+                f"act={self.act} is not supported; use "
+                "IntSpec(bits, symmetric=False, group='token', dynamic=True)"
             )
         if not self.weight.symmetric:
             raise ValueError(
@@ -136,7 +136,8 @@ class Scheme:
         weight = IntSpec(bits=bits, symmetric=not found["asymmetric"], group=group)
         if found["act"] == "16":
             return cls(weight)
-        return cls(weight, IntSpec(bits=int(found["act"]), group="token", dynamic=True))
+        act = IntSpec(bits=int(found["act"]), symmetric=False, group="token", dynamic=True)
+        return cls(weight, act)
 
     def __str__(self) -> str:
         default = "channel" if self.weight.bits > 4 else None

@@ -11,11 +11,10 @@ _BLOCK_BYTES = 64 * 2**20
 
 
 class SearchResult(NamedTuple):
-    """Best matches of each query, best first.
+    """Best matches of each query, best first: ``scores, ids = search(...)``.
 
-    Attributes:
-        scores: float32 ``(queries, k)``; ``(k,)`` for one query.
-        ids: Rows of the corpus, int64, same shape.
+    ``scores`` are float32, ``ids`` are rows of the corpus (int64); both are ``(queries, k)``, or
+    ``(k,)`` for one query.
     """
 
     scores: Tensor

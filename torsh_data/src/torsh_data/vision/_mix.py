@@ -109,8 +109,8 @@ class MixupCutmix(nn.Module):
             raise ValueError(f"images has shape {tuple(images.shape)}, expected 4 dimensions")
         if self.mixup_alpha and not images.is_floating_point():
             raise TypeError(
-                f"images has dtype {images.dtype}, but Mixup averages; convert to floating point or "
-                "use mixup_alpha=0"
+                f"images has dtype {images.dtype}, but Mixup averages; convert to floating point "
+                "or use mixup_alpha=0"
             )
         targets = self._targets(labels, len(images), images.device)
         if keys is None:
@@ -156,11 +156,8 @@ class MixupCutmix(nn.Module):
             targets = labels.float()
         elif labels.ndim == 1 and not labels.is_floating_point():
             # on a GPU the check would wait for the device, which reports a wrong index itself
-            if (
-                not labels.is_cuda
-                and batch
-                and not 0 <= labels.min() <= labels.max() < self.num_classes
-            ):
+            on_cpu = batch > 0 and not labels.is_cuda
+            if on_cpu and not 0 <= labels.min() <= labels.max() < self.num_classes:
                 raise ValueError(
                     f"labels has values from {labels.min()} to {labels.max()}, but "
                     f"num_classes={self.num_classes}"

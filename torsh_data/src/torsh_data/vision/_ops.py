@@ -24,7 +24,7 @@ def _per_image(values: Tensor) -> Tensor:
 
 
 def _fused(product: Tensor, factor: Tensor, addend: Tensor) -> Tensor:
-    """product * factor + addend with one rounding, as the fused instruction gives it."""
+    """Multiply and add with one rounding, as the fused instruction does."""
     return (product.double() * factor.double() + addend.double()).float()
 
 
@@ -33,7 +33,7 @@ def _to_dtype(values: Tensor, images: Tensor) -> Tensor:
 
 
 def _blend(images: Tensor, other: Tensor, ratio: Tensor) -> Tensor:
-    """ratio * images + (1 - ratio) * other; `ratio` `(n,)` float64."""
+    """Weigh `images` with `ratio` `(n,)` float64, `other` with the rest."""
     scaled = images.float() * _per_image(ratio.float())
     return _to_dtype(_fused(other, _per_image((1 - ratio).float()), scaled), images)
 

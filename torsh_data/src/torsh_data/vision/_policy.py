@@ -248,7 +248,8 @@ def _matrix(kind: str, power: float, height: int, width: int) -> list[list[float
 def _as_batch(images: torch.Tensor) -> torch.Tensor:
     if not isinstance(images, torch.Tensor):
         raise TypeError(
-            f"images is a {type(images).__name__}; use a uint8 tensor (batch, channels, height, width)"
+            f"images is a {type(images).__name__}; use a uint8 tensor "
+            "(batch, channels, height, width)"
         )
     if images.dtype != torch.uint8 and not images.is_floating_point():
         raise TypeError(f"images has dtype {images.dtype}; use uint8, or floats in [0, 1]")

@@ -55,9 +55,8 @@ def plot_sheet(
         for c, image in enumerate(images[:columns].detach().cpu()):
             shown = image.float() / 255 if image.dtype == torch.uint8 else image.float()
             y, x = r * (height + gap), c * (width + gap)
-            sheet[y : y + height, x : x + width] = (
-                shown.clamp(0, 1).expand(3, -1, -1).permute(1, 2, 0)
-            )
+            pixels = shown.clamp(0, 1).expand(3, -1, -1).permute(1, 2, 0)
+            sheet[y : y + height, x : x + width] = pixels
     if ax is None:
         ax = Figure(figsize=(0.8 * columns + 1.2, 0.85 * len(rows) + 0.3)).subplots()
     ax.imshow(sheet.numpy(), interpolation="nearest")

@@ -1,0 +1,231 @@
+import hashlib
+import json
+import logging
+import multiprocessing
+import time
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from torsh_data import ShardedDataset, write_shards
+from torsh_data._index import read_index
+
+
+def numbers(count):
+    return [
+        {"image": torch.full((1, 4, 4), n % 256, dtype=torch.uint8), "label": n}
+        for n in range(count)
+    ]
+
+
+def digest(folder):
+    return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(folder.iterdir())}
+
+
+def test_the_same_samples_give_the_same_bytes(tmp_path):
+    for name in ("a", "b"):
+        write_shards(iter(numbers(300)), tmp_path / name, shard_bytes="3kB", block_bytes="500B")
+    assert digest(tmp_path / "a") == digest(tmp_path / "b")
+    assert len(digest(tmp_path / "a")) > 2
+
+
+def test_shards_and_blocks_keep_to_their_sizes(tmp_path):
+    write_shards(numbers(2000), tmp_path, shard_bytes="20kB", block_bytes="1kB")
+    index = read_index(tmp_path / "index.json")
+    assert index.rows == 2000 == sum(sum(shard.block_rows) for shard in index.shards)
+    assert all(shard.bytes < 25_000 for shard in index.shards)
+    assert {rows for s in index.shards for rows in s.block_rows[:-1]} == {42}  # 24 bytes a row
+
+
+def test_shards_are_plain_arrow_files(tmp_path):
+    write_shards(numbers(10), tmp_path)
+    table = pa.ipc.open_file(str(tmp_path / "shard-00000.arrow")).read_all()
+    assert table.column("label").to_pylist() == list(range(10))
+    assert table.schema.field("image").type.shape == [1, 4, 4]
+
+
+def test_the_index_says_what_there_is(tmp_path):
+    write_shards(numbers(10), tmp_path)
+    index = json.loads((tmp_path / "index.json").read_text())
+    assert (index["format"], index["version"], index["rows"]) == ("torsh-shards", 1, 10)
+    assert index["bytes"] == (tmp_path / "shard-00000.arrow").stat().st_size
+    assert index["schema"]["label"] == "int64"
+
+
+@pytest.mark.parametrize("compression", ["lz4", "zstd"])
+def test_compressed_blocks_are_smaller_and_read_the_same(tmp_path, compression):
+    write_shards(numbers(500), tmp_path / "plain")
+    write_shards(numbers(500), tmp_path / "small", compression=compression)
+    plain, small = ShardedDataset(tmp_path / "plain"), ShardedDataset(tmp_path / "small")
+    assert small.nbytes < plain.nbytes / 2
+    assert torch.equal(small[321]["image"], plain[321]["image"])
+
+
+def test_a_schema_narrows_the_types(tmp_path):
+    schema = pa.schema([("label", pa.int8())])
+    write_shards([{"label": 7}, {"label": -7}], tmp_path, schema=schema)
+    data = ShardedDataset(tmp_path)
+    assert data.schema.field("label").type == pa.int8()
+    assert [data[0], data[1]] == [{"label": 7}, {"label": -7}]
+
+
+def test_shuffling_writes_each_sample_once_in_another_order(tmp_path):
+    write_shards(numbers(200), tmp_path, shuffle_seed=1)
+    labels = [sample["label"] for sample in ShardedDataset(tmp_path).__getitems__(range(200))]
+    assert sorted(labels) == list(range(200)) != labels
+
+
+def test_leftovers_of_a_killed_writer_are_replaced_and_other_files_kept(tmp_path, caplog):
+    for name in ("shard-00007.arrow", ".shard-00008.arrow.tmp", "notes.txt"):
+        (tmp_path / name).write_bytes(b"half")
+    with caplog.at_level(logging.INFO):
+        write_shards(numbers(3), tmp_path)
+    assert set(digest(tmp_path)) == {"shard-00000.arrow", "index.json", "notes.txt"}
+    assert "left by a writer that did not finish" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("samples", "options", "error", "message"),
+    [
+        ([], {}, ValueError, "samples is empty"),
+        ([3], {}, TypeError, "sample 0 is a int; a sample is a mapping"),
+        (
+            [{"a": 1}, {"b": 1}],
+            {},
+            ValueError,
+            r"sample 1 has the columns \['b'\], expected \['a'\]",
+        ),
+        (
+            [{"a": 1}],
+            {"block_bytes": "1GB"},
+            ValueError,
+            "block_bytes='1GB' is larger than shard_bytes",
+        ),
+        ([{"a": 1}], {"compression": "gzip"}, ValueError, "compression='gzip'; use None"),
+        ([{"a": 1}], {"shard_bytes": "big"}, ValueError, "shard_bytes='big' is not a size"),
+        (
+            iter([{"a": 1}]),
+            {"shuffle_seed": 0},
+            TypeError,
+            "shuffle_seed=0 needs samples with a length",
+        ),
+        (
+            [{"a": 1}],
+            {"schema": pa.schema([("b", pa.int8())])},
+            ValueError,
+            "sample 0 has the columns",
+        ),
+    ],
+)
+def test_what_cannot_be_written_is_refused(tmp_path, samples, options, error, message):
+    with pytest.raises(error, match=message):
+        write_shards(samples, tmp_path / "out", **options)
+    assert not (tmp_path / "out" / "index.json").exists()
+
+
+def test_a_finished_data_set_is_not_written_over(tmp_path):
+    write_shards(numbers(3), tmp_path)
+    before = digest(tmp_path)
+    with pytest.raises(ValueError, match="holds a finished data set; remove it or write elsewhere"):
+        write_shards(numbers(4), tmp_path)
+    assert digest(tmp_path) == before
+
+
+DTYPES = [torch.uint8, torch.bool, torch.bfloat16, torch.float32, torch.int64]
+COLUMNS = st.one_of(
+    st.just(st.booleans()),
+    st.just(st.integers(-(2**63), 2**63 - 1)),
+    st.just(st.floats(allow_nan=False)),
+    st.just(st.text(max_size=20)),
+    st.just(st.binary(max_size=20)),
+    st.builds(
+        lambda dtype, shape: st.integers(0, 2**16).map(
+            lambda n: (torch.arange(n, n + int(np.prod(shape))) % 251).to(dtype).view(shape)
+        ),
+        st.sampled_from(DTYPES),
+        st.lists(st.integers(1, 4), min_size=1, max_size=3),
+    ),
+)
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.data())
+def test_any_samples_come_back(tmp_path_factory, data):
+    columns = data.draw(
+        st.dictionaries(st.text(min_size=1, max_size=5), COLUMNS, min_size=1, max_size=4)
+    )
+    samples = data.draw(st.lists(st.fixed_dictionaries(columns), min_size=1, max_size=30))
+    folder = tmp_path_factory.mktemp("any")
+    write_shards(
+        samples,
+        folder,
+        shard_bytes=data.draw(st.integers(300, 3000)),
+        block_bytes=data.draw(st.integers(1, 300)),
+        compression=data.draw(st.sampled_from([None, "lz4"])),
+    )
+    back = ShardedDataset(folder).__getitems__(range(len(samples)))
+    for was, now in zip(samples, back, strict=True):
+        assert list(now) == list(samples[0])
+        for name, value in was.items():
+            if isinstance(value, torch.Tensor):
+                assert now[name].dtype == value.dtype
+                assert torch.equal(now[name], value)
+            else:
+                assert now[name] == value
+
+
+def write_many(folder):
+    image = torch.arange(48, dtype=torch.uint8).view(3, 4, 4)
+    samples = ({"image": image + n % 200, "label": n} for n in range(3000))
+    write_shards(samples, folder, shard_bytes="10kB", block_bytes="1kB")
+
+
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+def test_a_writer_killed_at_any_point_leaves_nothing_or_everything(tmp_path):
+    context = multiprocessing.get_context("fork")
+    begin = time.perf_counter()
+    whole = context.Process(target=write_many, args=(tmp_path / "whole",))
+    whole.start()
+    whole.join()
+    duration = time.perf_counter() - begin
+    assert whole.exitcode == 0
+    expected = digest(tmp_path / "whole")
+    shards_left = []
+    for attempt, share in enumerate(np.random.default_rng(0).uniform(0, 1, 20)):
+        folder = tmp_path / str(attempt)
+        child = context.Process(target=write_many, args=(folder,))
+        child.start()
+        time.sleep(share * duration)
+        child.kill()
+        child.join()
+        if (folder / "index.json").exists():
+            assert digest(folder) == expected
+            continue
+        with pytest.raises((FileNotFoundError, RuntimeError), match="did not finish"):
+            ShardedDataset(folder)
+        shards_left.append(len(list(folder.glob("*.arrow"))))
+        write_shards(numbers(5), folder)
+        assert len(ShardedDataset(folder)) == 5
+    assert any(0 < count < len(expected) for count in shards_left)
+
+
+def test_an_unfinished_folder_is_not_opened_file_by_file(tmp_path):
+    write_shards(numbers(300), tmp_path, shard_bytes="3kB", block_bytes="500B")
+    (tmp_path / "index.json").unlink()
+    for source in (tmp_path, str(tmp_path / "*.arrow"), tmp_path / "shard-00000.arrow"):
+        with pytest.raises(
+            RuntimeError, match=r"no index.json beside it lists: the writer did not finish"
+        ):
+            ShardedDataset(source)
+
+
+def test_names_sort_in_order(tmp_path):
+    write_shards(numbers(300), tmp_path, shard_bytes="1kB", block_bytes="200B")
+    names = [Path(name).name for name in ShardedDataset(str(tmp_path / "*.arrow")).files]
+    assert names == sorted(names)
+    assert len(names) > 10

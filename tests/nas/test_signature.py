@@ -1,0 +1,34 @@
+import torch
+from torch import nn
+
+from torsh_nas._signature import signature_of
+
+
+class Repeat(nn.Module):
+    def __init__(self, times: int, function: object = None) -> None:
+        super().__init__()
+        self.times, self.function = times, function
+
+
+def of(module: nn.Module, *shape: int, **kwargs: object) -> str:
+    return signature_of(module, ((torch.zeros(shape),), kwargs))
+
+
+def test_equal_structure_is_equal() -> None:
+    assert of(nn.Conv2d(2, 3, 3), 1, 2, 4, 4) == of(nn.Conv2d(2, 3, 3), 1, 2, 4, 4)
+
+
+def test_whatever_changes_the_time_differs() -> None:
+    base = of(nn.Conv2d(2, 2, 3), 1, 2, 4, 4)
+    others = [
+        of(nn.Conv2d(2, 2, 3), 2, 2, 4, 4),
+        of(nn.Conv2d(2, 2, 3, stride=2), 1, 2, 4, 4),
+        of(nn.Conv2d(2, 2, 3, bias=False), 1, 2, 4, 4),
+        of(nn.Conv2d(2, 2, 3).double(), 1, 2, 4, 4),
+        of(nn.Sequential(nn.Conv2d(2, 2, 3)), 1, 2, 4, 4),
+        of(nn.Conv2d(2, 2, 3), 1, 2, 4, 4, flag=True),
+    ]
+    assert len({base, *others}) == 7
+    # Invisible in repr(module).
+    assert of(Repeat(1), 1) != of(Repeat(2), 1)
+    assert of(Repeat(1, torch.relu), 1) != of(Repeat(1, object()), 1)
