@@ -257,14 +257,14 @@ def main() -> None:
         "torch": torch.__version__,
         "python": platform.python_version(),
         "workload": f"MLP of {parameters} parameters on sklearn digits, {BATCH} rows a rank, AdamW",
-        "links": [],
     }
     print(f"{report['hardware']}; torch {torch.__version__}; {report['workload']}")
     for rate in arguments.rates:
         with SlowLink(rate) as link:
             ranks = link.run("--steps", str(arguments.steps), "--repeats", str(arguments.repeats))
         result = summary(rate, ranks)
-        report["links"].append(result)
+        about = f"{rate}, measured {result['goodput_mbit']:.0f} Mbit/s"
+        report[f"{about}: time to a loss of {result['target_loss']:.4f}"] = result["rows"]
         print(
             f"\n{rate}: measured {result['goodput_mbit']:.0f} Mbit/s; "
             f"time to a loss of {result['target_loss']:.4f}"

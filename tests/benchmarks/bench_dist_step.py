@@ -131,7 +131,7 @@ def main() -> None:
             "command": " ".join(["python", "tests/benchmarks/bench_dist_step.py", *sys.argv[1:]]),
             "hardware": hardware,
             "torch": torch.__version__,
-            "rows": rows,
+            "time per step": rows,
         }
         arguments.json.write_text(json.dumps(report, indent=1) + "\n")
 

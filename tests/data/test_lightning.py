@@ -58,7 +58,8 @@ def test_a_trainer_resumes_on_the_exact_batch(tmp_path, stop):
     unbroken = fit(tmp_path, Recorder())
     assert len(unbroken) == 30
     for epoch in range(3):
-        assert sorted(sum(unbroken[epoch * 10 : epoch * 10 + 10], [])) == list(range(ROWS))
+        batches = unbroken[epoch * 10 : epoch * 10 + 10]
+        assert sorted(n for batch in batches for n in batch) == list(range(ROWS))
     begun = fit(tmp_path, Recorder(stop_after=stop))
     assert begun == unbroken[:stop]
     resumed = fit(tmp_path, Recorder(), tmp_path / "stop.ckpt")

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from tests.distributed import battery
-from torsh_dist import Cast, Int8, Step, compress, init, launch
+from torsh_dist import Cast, Compression, Int8, Step, compress, init, launch
+from torsh_dist._lane import Lane
 
 
 def network(width: int = 96) -> nn.Module:
@@ -382,6 +383,28 @@ def test_refuses_arguments(alone):
         compress(alone, Int8(), min_numel=-1)
     with pytest.raises(ValueError, match="warmup=-1 is negative"):
         compress(alone, Int8(), warmup=-1)
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_both_phases_run_in_a_world_of_one(device):
+    """compress() leaves them out there; the lane, the codec and DDP's futures work all the same."""
+    with init(device) as context:
+        bare = network(512).to(context.device)
+        model = DistributedDataParallel(copy.deepcopy(bare), bucket_cap_mb=0.1)
+        names = {param: name for name, param in model.module.named_parameters()}
+        lane = Lane(dist.group.WORLD, context.device)
+        compression = Compression(names, Int8(), lane, 1024, 0)
+        model.register_comm_hook(lane, compression._hook)
+        for _ in range(10):
+            x = torch.randn(8, 40).to(context.device)
+            for one in (model, bare):
+                one.zero_grad()
+                one(x).square().sum().backward()
+            for param, other in zip(model.parameters(), bare.parameters(), strict=True):
+                assert (param.grad - other.grad).norm() < 0.03 * other.grad.norm()
+        stats = compression.stats()
+        assert (stats.steps, stats.bytes_sent) == (10, 0)
+        assert stats.residual_norm > 0
 
 
 def on_cuda():

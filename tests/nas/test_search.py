@@ -1,6 +1,7 @@
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -43,9 +44,18 @@ def batches(count: int, *, seed: int = 0) -> list[tuple[Tensor, Tensor]]:
     ]
 
 
-@pytest.mark.slow
-def test_searches_digits_under_a_measured_budget() -> None:
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Small tensors on a busy machine: a second thread is mostly waited for."""
+    before = torch.get_num_threads()
     torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("one_thread")
+def test_searches_digits_under_a_measured_budget() -> None:
     x, y = digits()
     model = CellNet(8, reduce="sum")
     table = nas.LatencyTable.build(model, x[:64], threads=1, calibration=4, min_time_s=0.02)
@@ -67,7 +77,7 @@ def test_searches_digits_under_a_measured_budget() -> None:
     torch.manual_seed(1)
     plain = result.model(weights="reset")
     sgd = torch.optim.SGD(plain.parameters(), 0.1, momentum=0.9)
-    for _ in range(5):
+    for _ in range(8):
         for images, labels in loaders[0]:
             sgd.zero_grad()
             functional.cross_entropy(plain(images), labels).backward()
@@ -121,7 +131,7 @@ def test_kill_9_and_resume_repeats_the_run_bit_for_bit(tmp_path: Path) -> None:
     # Killed at growing moments until it gets through: early kills leave no checkpoint at all.
     killed = 0
     for attempt in range(20):
-        code = run("killed", length * (0.4 + 0.5 * attempt))
+        code = run("killed", length * (0.6 + attempt))
         if code == 0:
             break
         assert code == -9

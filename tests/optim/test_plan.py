@@ -32,6 +32,8 @@ def _follow(
     for param, other in zip(params, copies, strict=True):
         # other order of operations: some float32 units of weights of size one
         torch.testing.assert_close(param, other, rtol=1e-6, atol=3e-7)
+        for key, value in twin.state[other].items():
+            torch.testing.assert_close(opt.state[param][key], value, rtol=1e-6, atol=3e-7)
 
 
 def test_plan_is_kept_while_nothing_changes(adamw: type[AdamW]) -> None:
@@ -119,6 +121,24 @@ def test_parameter_replaced_in_its_group(adamw: type[AdamW]) -> None:
     for param in params:
         param.grad = torch.randn_like(param)
     _follow(opt, params, twin, copies)
+
+
+@pytest.mark.parametrize("split", [([1, 0], [2]), ([0], [1, 2]), ([2, 1], [0])])
+def test_parameters_moved_between_groups(
+    adamw: type[AdamW], split: tuple[list[int], list[int]]
+) -> None:
+    params = _model((3,), (3,), (3,))
+    opt = adamw([{"params": params[:2]}, {"params": params[2:], "lr": 0.1}])
+    opt.step()
+    start = [param.detach().clone() for param in params]
+    for group, members in zip(opt.param_groups, split, strict=True):
+        group["params"] = [params[i] for i in members]
+        group["weight_decay"] = 0.0
+    opt.step()
+    for i, (param, before) in enumerate(zip(params, start, strict=True)):
+        # the same gradient as in the first step, so the second moves by lr again
+        moved = (param - before).abs().max().item()
+        assert moved == pytest.approx(0.1 if i in split[1] else 1e-3, rel=1e-3)
 
 
 def test_gradients_that_come_and_go(adamw: type[AdamW]) -> None:

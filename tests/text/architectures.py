@@ -62,9 +62,9 @@ PADDED: dict[str, dict[str, Any]] = {
 }
 
 
-def make_model(family: str) -> PreTrainedModel:
+def make_model(family: str, **changes: Any) -> PreTrainedModel:
     torch.manual_seed(0)
-    config = AutoConfig.for_model(family, **(PACKED | PADDED)[family])
+    config = AutoConfig.for_model(family, **(PACKED | PADDED)[family] | changes)
     return AutoModel.from_config(config).eval()
 
 

@@ -9,10 +9,11 @@ from typing import Any, Literal, TypeAlias, cast
 import numpy as np
 import torch
 import xxhash
-from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
+from torch.utils.data import DataLoader, Dataset, Sampler, default_collate, get_worker_info
 
 from torsh_data._dataset import ShardedDataset
 from torsh_data._order import CHUNK, Ids, Order
+from torsh_data._parcel import Parcel, pack, unpack
 from torsh_data._rng import fold, sample_keys, stream
 from torsh_data._sizes import parse_bytes
 
@@ -290,7 +291,8 @@ class StreamLoader:
             generator=torch.Generator().manual_seed(fold(self._order.seed, epoch) >> 1),
         )
         last = len(requests)
-        for number, batch in enumerate(batches, 1):
+        for number, received in enumerate(batches, 1):
+            batch = unpack(received) if isinstance(received, Parcel) else received
             if self._running is me:
                 # Before the yield: whoever stops asking after len(self) batches, as Trainers do,
                 # never runs what comes after the last one.
@@ -428,7 +430,7 @@ class _Reader(Dataset[Batch]):
         batch["index"] = torch.from_numpy(request.ids.copy())
         if self.pad:
             batch["valid"] = torch.arange(len(request.ids)) < request.valid
-        return batch
+        return batch if get_worker_info() is None else pack(batch)
 
     def _read(self, ids: Ids) -> Batch:
         dataset = cast("Any", self.dataset)

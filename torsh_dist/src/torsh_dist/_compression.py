@@ -301,7 +301,7 @@ def compress(
     Example:
         >>> from torsh_dist import init
         >>> with init("cpu"):
-        ...     model = DistributedDataParallel(nn.Linear(64, 64))
+        ...     model = DistributedDataParallel(torch.nn.Linear(64, 64))
         ...     compress(model, Int8()).stats().bytes_sent  # one process: nothing to send
         0
 

@@ -70,7 +70,7 @@ class Step:
         ...     lambda model, batch: (model(batch[0]) - batch[1]).square().mean(),
         ... )
         >>> result = step((torch.ones(2, 1), torch.ones(2, 1)))  # gradient 2 x (0 - 1)
-        >>> float(result.loss), float(result.grad_norm), float(model.weight)
+        >>> float(result.loss), float(result.grad_norm), model.weight.item()
         (1.0, 2.0, 1.0)
     """
 

@@ -236,7 +236,8 @@ class FusedOptimizer(Optimizer):
             )
         params: list[Tensor] = list(chain.from_iterable(map(_params, self.param_groups)))
         grads: list[Tensor | None] = list(map(_grad, params))
-        options = list(map(itemgetter(*self._bucket_options), self.param_groups))
+        sizes = map(len, map(_params, self.param_groups))
+        options = [*map(itemgetter(*self._bucket_options), self.param_groups), *sizes]
         if (
             self._plan is not None
             and self._plan.matches(params, grads, self.state, options)

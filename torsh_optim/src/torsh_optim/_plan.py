@@ -142,8 +142,8 @@ class Plan:
     Args:
         params: All parameters in the order of the groups.
         buckets: Buckets over the members, the parameters that have state.
-        states: The optimizer's state; only the dictionaries in it are kept.
-        options: What each group's options were that decide between buckets.
+        states: The optimizer's state.
+        options: What decides between buckets: options and sizes of the groups.
     """
 
     def __init__(
@@ -156,8 +156,7 @@ class Plan:
         self.buckets = buckets
         self._params = params
         self._options = options
-        self._states = list(states.values())
-        self._values = list(chain.from_iterable(map(dict.values, self._states)))
+        self._values = list(chain.from_iterable(map(dict.values, states.values())))
         members = list(chain.from_iterable(bucket.indices for bucket in buckets))
         self._idle = sorted(set(range(len(params))) - set(members))
         self._in_order = members == list(range(len(params)))
@@ -184,19 +183,15 @@ class Plan:
         options: list[Any],
     ) -> bool:
         """Whether parameters, state tensors and options are still those of this plan."""
-        current = list(states.values())
-        if (
-            len(params) != len(self._params)
-            or len(current) != len(self._states)
-            or not all(map(is_, params, self._params))
-            or not all(map(is_, current, self._states))
-            or options != self._options
-        ):
-            return False
-        values = list(chain.from_iterable(map(dict.values, current)))
-        if len(values) != len(self._values) or not all(map(is_, values, self._values)):
-            return False
-        return all(grads[i] is None for i in self._idle)
+        values = list(chain.from_iterable(map(dict.values, states.values())))
+        return (
+            len(params) == len(self._params)
+            and len(values) == len(self._values)
+            and all(map(is_, params, self._params))
+            and all(map(is_, values, self._values))
+            and options == self._options
+            and all(grads[i] is None for i in self._idle)
+        )
 
     def run(self, groups: list[Group], grads: list[Tensor | None]) -> bool:
         """Take a step with all buckets.

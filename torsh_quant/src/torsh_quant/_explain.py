@@ -97,7 +97,7 @@ def explain(model: nn.Module) -> Explanation:
         >>> from torsh_quant import quantize
         >>> plan = explain(quantize(nn.Sequential(nn.Linear(64, 32)).eval(), "w4a16")).rows[0]
         >>> plan.kernel, plan.bytes_float, plan.bytes_now
-        ('floats from the integers, then a float product', 8320, 1280)
+        ('dequantize, float product', 8320, 1280)
     """
     plans = {name: plan_for(name, layer) for name, layer in quantized_layers(model)}
     for name, layer in quantizable_layers(model):
@@ -149,7 +149,7 @@ def _choice(layer: QuantizedLayer, device: torch.device) -> _Choice:
 
 
 def _float_choice(layer: QuantizedLayer, device: torch.device) -> _Choice:
-    kernel = "floats from the integers, then a float product"
+    kernel = "dequantize, float product"
     if isinstance(layer, QuantConv2d):
         return kernel, None, "about 1x", "the weight is converted at every call", True
     reason = "the weight is converted at every call"

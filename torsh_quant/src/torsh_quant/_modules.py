@@ -1,7 +1,7 @@
 """Quantized layers: ordinary modules whose weights are ordinary integer buffers."""
 
 from collections.abc import Callable
-from typing import Any, Self, cast
+from typing import Any, Literal, Self, cast
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +18,7 @@ from torsh_quant._numerics import (
 )
 from torsh_quant._spec import Scheme, group_size_for
 
+PaddingMode = Literal["zeros", "reflect", "replicate", "circular"]
 LARGEST_IN_FEATURES = 131_071  # beyond it 2**31 no longer holds a sum of 8-bit products
 
 
@@ -266,7 +267,7 @@ class QuantConv2d(QuantizedLayer):
         dilation: int | tuple[int, int] = 1,
         groups: int = 1,
         bias: bool = True,
-        padding_mode: str = "zeros",
+        padding_mode: PaddingMode = "zeros",
         *,
         scheme: str | Scheme = "w8a8",
         device: torch.device | str | None = None,
@@ -308,7 +309,7 @@ class QuantConv2d(QuantizedLayer):
         self.padding: str | tuple[int, int] = (
             like.padding if isinstance(like.padding, str) else _pair(like.padding)
         )
-        self.padding_mode = like.padding_mode
+        self.padding_mode = cast("PaddingMode", like.padding_mode)
         self._borders: list[int] = list(like._reversed_padding_repeated_twice)
         self.channels_last: bool = _is_channels_last(like.weight)
 
@@ -338,7 +339,7 @@ class QuantConv2d(QuantizedLayer):
             self.dilation,
             self.groups,
             self.bias is not None,
-            cast("Any", self.padding_mode),
+            self.padding_mode,
             device=self.weight.device,
             dtype=dtype,
         )

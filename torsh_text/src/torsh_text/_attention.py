@@ -249,7 +249,7 @@ def packed_inputs(batch: PackedBatch) -> dict[str, Any]:
     """Keywords with which a transformers model runs a packed batch."""
     return {
         "input_ids": batch.input_ids,
-        "position_ids": batch.position_ids,
+        "position_ids": batch.position_ids.long(),  # some models gather with them
         "attention_mask": torch.ones(1, 1, dtype=torch.bool, device=batch.device),
         "packed": batch,
     }

@@ -404,7 +404,6 @@ class Encoder(nn.Module):
 
     def explain(self) -> str:
         """Say in a small table what runs and why."""
-        path = self.attention
         default = default_max_tokens(self.backbone.device, self.backbone.dtype)
         budget = self._budget.max_tokens if self._budget else default
         lines = {
@@ -412,7 +411,7 @@ class Encoder(nn.Module):
             "vectors": f"{self.dim} entries, {'+'.join(self._modes)} pooling"
             + (", length one" if self._normalize else ""),
             "device": f"{self.backbone.device}, {str(self.backbone.dtype).removeprefix('torch.')}",
-            "attention": f"{path.name}: {path.why}",
+            "attention": ": ".join(self.attention),
             "batches": f"at most {budget:,} tokens",
             "texts": f"cut after {self.max_length:,} tokens",
         }
