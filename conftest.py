@@ -1,6 +1,9 @@
 """Settings shared by all tests: real kernels through Triton's interpreter where there is no GPU."""
 
 import os
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 
 import pytest
 import torch
@@ -41,3 +44,20 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def forbid_synchronisation() -> Callable[[], AbstractContextManager[None]]:
+    """A context in which an operation that waits for the GPU is an error."""
+
+    @contextmanager
+    def forbid() -> Iterator[None]:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Synchronization debug mode is a prototype")
+            torch.cuda.set_sync_debug_mode("error")
+            try:
+                yield
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+
+    return forbid

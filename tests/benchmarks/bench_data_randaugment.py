@@ -1,7 +1,8 @@
 """RandAugment(2, 9): our batch with a policy per image, beside torchvision image by image.
 
-On the CPU one thread is timed, as in a loader's worker. On a GPU torchvision gets the batch at once,
-with one policy for all of it, and image by image for what is comparable. Keys are on in all our runs.
+On the CPU one thread is timed, as in a loader's worker. On a GPU torchvision gets the batch at
+once, with one policy for all of it, and image by image for what is comparable. Keys are on in all
+our runs.
 
     python tests/benchmarks/bench_data_randaugment.py --rounds 9 --json result.json
 """
@@ -128,9 +129,8 @@ def main() -> None:
         check(images[:16], transforms)
         measured = measure(images.to(options.device), options.rounds, transforms)
         result["sizes"][f"{batch}x3x{size}x{size}"] = measured
-        print(
-            f"\n{batch} x 3 x {size} x {size} uint8, us per image; {size * size * 12 / 1e6:.2f} MB moved"
-        )
+        moved = size * size * 12 / 1e6
+        print(f"\n{batch} x 3 x {size} x {size} uint8, us per image; {moved:.2f} MB moved")
         print(f"{'':36}{'median':>9}{'lowest':>9}{'highest':>9}{'% limit':>9}")
         for name, line in measured["us_per_image"].items():
             share = 100 * measured["limit_us"] / line["median"]

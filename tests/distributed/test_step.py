@@ -247,13 +247,10 @@ def test_refuses_what_it_cannot_count_or_cut():
 
 
 @pytest.mark.gpu
-def test_makes_no_synchronisation_with_a_fused_optimizer():
+def test_makes_no_synchronisation_with_a_fused_optimizer(forbid_synchronisation):
     model = network().cuda()
     step = Step(model, optimizer(model, fused=True), rows_loss, accumulate=2, max_norm=1.0)
     batch = (torch.randn(16, 5, device="cuda"), torch.randint(4, (16,), device="cuda"))
     step(batch)
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with forbid_synchronisation():
         step(batch)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")

@@ -230,6 +230,7 @@ def test_older_state_without_new_options() -> None:
     assert opt.state[params[0]]["step"] == 3
 
 
+@pytest.mark.filterwarnings("ignore:GPU available but not used")
 @pytest.mark.slow
 def test_lightning_resumes_where_it_stopped(tmp_path: Path) -> None:
     lightning = pytest.importorskip("lightning")

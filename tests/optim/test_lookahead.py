@@ -2,6 +2,8 @@
 
 import copy
 import io
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import pytest
@@ -328,7 +330,9 @@ def test_parameters_without_gradient_stay(pullback: Any) -> None:
 
 
 @pytest.mark.gpu
-def test_synchronises_weights_not_the_device() -> None:
+def test_synchronises_weights_not_the_device(
+    forbid_synchronisation: Callable[[], AbstractContextManager[None]],
+) -> None:
     params = [torch.nn.Parameter(torch.zeros(100, device="cuda")) for _ in range(3)]
     opt = Lookahead(AdamW(params, lr=0.1, weight_decay=0), k=2, pullback="pullback")
     for param in params:
@@ -336,9 +340,6 @@ def test_synchronises_weights_not_the_device() -> None:
     for _ in range(4):
         opt.step()
     torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with forbid_synchronisation():
         for _ in range(4):
             opt.step()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")

@@ -37,6 +37,7 @@ def test_a_model_may_be_a_layer():
         ("ead", False),
         ("block", False),
         ("blocks.2", False),
+        ("1", False),
     ],
 )
 def test_patterns(pattern, found):

@@ -3,7 +3,7 @@ import torch
 import torch.nn.functional as F
 from torch.library import opcheck
 
-from torsh_quant import _ops, _cpu
+from torsh_quant import _cpu, _ops
 from torsh_quant._numerics import (
     dequantize_weight,
     fold_groups,
@@ -16,11 +16,11 @@ CONV = torch.ops.torsh_quant.conv2d
 
 
 def linear_in_integers(x, weight, scale, bias, bits):
-    """Integers in int64, everything else in float64."""
+    """All in float64, exact for these sums of integers (CUDA multiplies no int64)."""
     folded, channel = fold_groups(weight, scale)
     q, step, zero = quantize_rows(x.reshape(-1, x.shape[-1]), bits)
-    sums = (q + zero).long() @ folded.long().T
-    out = sums.double() * channel.double() * step.double()
+    sums = (q + zero).double() @ folded.double().T
+    out = sums * channel.double() * step.double()
     out = out if bias is None else out + bias.double()
     return out.view(*x.shape[:-1], len(folded))
 
@@ -120,7 +120,7 @@ def conv_in_integers(x, weight, scale, bias, bits, window, stride, padding, dila
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("name", CONVS)
 def test_conv_against_integers(name, layout, device):
-    window, stride, padding, dilation, groups = CONVS[name]
+    window, *_, groups = CONVS[name]
     x = (
         torch.randn(3, 8, 9, 10, device=device)
         * torch.tensor([1.0, 9.0, 0.1], device=device)[:, None, None, None]
@@ -184,7 +184,7 @@ def test_gradient_of_the_input_is_that_of_the_float_layer(act_bits):
     (found,) = torch.autograd.grad(LINEAR(x, weight, scale, None, None, act_bits).sum(), x)
     torch.testing.assert_close(found, floats.sum(0).expand(5, 72))
     images = torch.randn(2, 8, 6, 6, requires_grad=True)
-    window, stride, padding, dilation, groups = CONVS["strided"]
+    _, stride, padding, dilation, groups = CONVS["strided"]
     out = CONV(images, weight, scale, None, None, act_bits, *CONVS["strided"], False)
     signs = torch.randn_like(out)
     (found,) = torch.autograd.grad(out, images, signs)

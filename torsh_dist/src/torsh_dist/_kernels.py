@@ -19,7 +19,6 @@ ROUNDER = tl.constexpr(12582912.0)
 TINY = tl.constexpr(SMALLEST)
 HUGE = tl.constexpr(LARGEST)
 INF = tl.constexpr(math.inf)
-NAN = tl.constexpr(math.nan)
 
 TILE = 2048  # values per program
 NUM_WARPS = 4
@@ -38,7 +37,7 @@ def _quantize(values: tl.tensor) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
     values = tl.where(finite[:, None], values, 0.0)
     codes = (values * inverse[:, None] + ROUNDER) - ROUNDER
     rest = values - codes * scale[:, None]
-    return codes, tl.where(finite, scale, NAN), rest
+    return codes, tl.where(finite, scale, float("nan")), rest
 
 
 @triton.jit(do_not_specialize=["first", "chunk", "rank"])

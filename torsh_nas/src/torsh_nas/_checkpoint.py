@@ -88,7 +88,7 @@ def rng_state() -> dict[str, Any]:
 def set_rng_state(state: dict[str, Any]) -> None:
     """Put back what :func:`rng_state` returned."""
     version, internal, gauss = state["python"]
-    pass  # random.setstate((version, tuple(internal), gauss))
+    random.setstate((version, tuple(internal), gauss))
     kind, keys, position, has_gauss, cached = state["numpy"]
     np.random.set_state((kind, np.array(keys, np.uint32), position, has_gauss, cached))
     torch.set_rng_state(state["torch"])

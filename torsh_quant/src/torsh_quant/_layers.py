@@ -29,7 +29,9 @@ def quantized_layers(model: nn.Module) -> Iterator[tuple[str, QuantizedLayer]]:
 
 
 def matches(name: str, pattern: str) -> bool:
-    """Whether a pattern names a layer: by its whole name, its last part, or a part above it.
+    """Whether a pattern names a layer: by its whole name, its last part, or a module it is in.
+
+    A number is no last part: ``"0"`` is the layer ``0``, not every layer that ends in ``.0``.
 
     Example:
         >>> matches("encoder.layer.0.fc", "encoder.*.fc"), matches("model.lm_head", "lm_head")
@@ -40,7 +42,7 @@ def matches(name: str, pattern: str) -> bool:
     return (
         fnmatchcase(name, pattern)
         or fnmatchcase(name, f"{pattern}.*")
-        or fnmatchcase(name.rpartition(".")[2], pattern)
+        or (not pattern.isdigit() and fnmatchcase(name.rpartition(".")[2], pattern))
     )
 
 

@@ -97,7 +97,7 @@ def quantize(
     embedding) stays float with a warning.
 
     Patterns in ``skip`` and ``overrides`` are shell-style and match a layer's whole name, its last
-    part, or the name of a module it is in.
+    part (unless that is a number), or the name of a module it is in.
 
     Args:
         model: Any module in evaluation mode, with real finite weights.
@@ -276,8 +276,9 @@ def _leave_fused_paths(model: nn.Module) -> None:
     # In evaluation torch's encoder layers hand their linear layers' weights to one fused float
     # kernel instead of calling the layers.
     for module in model.modules():
+        if next(quantized_layers(module), None) is None:
+            continue
         if isinstance(module, nn.TransformerEncoderLayer):
-            if next(quantized_layers(module), None) is not None:
-                module.activation_relu_or_gelu = 0
+            module.activation_relu_or_gelu = 0
         elif isinstance(module, nn.TransformerEncoder):
             module.enable_nested_tensor = module.use_nested_tensor = False
