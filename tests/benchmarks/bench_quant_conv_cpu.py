@@ -65,7 +65,8 @@ def check(layer: QuantConv2d, x: Tensor) -> None:
     shape = ConvShape(layer.stride, (1, 1), layer.dilation, layer.groups)
     kernel = layer.integers().view(layer.out_channels, -1, *layer.kernel_size)
     ones = torch.ones(layer.out_channels, 1)
-    sums = _cpu.conv2d(q.to(torch.int8), layer.integers(), ones, layer.kernel_size, shape, bits)
+    shifted = (q + _cpu.zero_point_for(bits)).to(torch.uint8)
+    sums = _cpu.conv2d(shifted, layer.integers(), ones, layer.kernel_size, shape, bits)
     exact = exact_conv2d(
         q, kernel, list(shape.stride), list(shape.padding), list(shape.dilation), shape.groups
     )
@@ -89,7 +90,7 @@ def layer_calls(layer: nn.Conv2d, x: Tensor) -> dict[str, Call]:
     floats = QuantConv2d.from_float(nhwc, "w4a16")
     check(contiguous, x)
     bits = _cpu.conv_kernels()[0].act_bits
-    ready = quantize_rows(y, bits)[0].to(torch.int8)
+    ready = (quantize_rows(y, bits)[0] + _cpu.zero_point_for(bits)).to(torch.uint8)
     shape = ConvShape(last.stride, (layer.padding[0], layer.padding[1]), last.dilation, last.groups)
     return {
         "torch fp32": lambda: nchw(x),

@@ -5,7 +5,6 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -278,6 +277,8 @@ def accumulation_sends_nothing_between():
 
 
 def train_on_digits(method, epochs):
+    from sklearn.datasets import load_digits  # here: the other groups of processes start faster
+
     images, labels = load_digits(return_X_y=True)
     images, labels = torch.tensor(images).float() / 16, torch.tensor(labels)
     torch.manual_seed(0)
@@ -347,6 +348,7 @@ def test_two_ranks(two_ranks, check):
     battery.judge(two_ranks, check)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("check", [check.__name__ for check in SHAPES])
 def test_three_ranks(three_ranks, check):
     battery.judge(three_ranks, check)

@@ -12,7 +12,12 @@ TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
 
 
 @pytest.mark.parametrize(
-    ("command", "processes"), [([SCRIPT], 1), ([SCRIPT, "2"], 2), ([*TORCHRUN, SCRIPT], 2)]
+    ("command", "processes"),
+    [
+        ([SCRIPT], 1),
+        pytest.param([SCRIPT, "2"], 2, marks=pytest.mark.slow),
+        pytest.param([*TORCHRUN, SCRIPT], 2, marks=pytest.mark.slow),
+    ],
 )
 def test_the_tutorial_starts_three_ways(command, processes):
     pytest.importorskip("sklearn")

@@ -113,6 +113,7 @@ def lose_a_rank(folder):
         raise
 
 
+@pytest.mark.slow
 def test_survivors_name_the_killed_rank(tmp_path, monkeypatch):
     monkeypatch.setattr("torsh_dist._spawn._GRACE", 20.0)  # let both survivors speak
     start = time.monotonic()

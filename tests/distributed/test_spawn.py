@@ -93,6 +93,7 @@ def hang(folder):
     time.sleep(600)
 
 
+@pytest.mark.slow
 def test_a_timeout_names_the_ranks_and_ends_them(tmp_path):
     with pytest.raises(TimeoutError, match=r"timeout=15 s passed and ranks \[0\] were still"):
         launch(hang, str(tmp_path), nproc=1, device="cpu", timeout=15)

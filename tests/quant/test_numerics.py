@@ -9,6 +9,7 @@ from torsh_quant._numerics import (
     exact_conv2d,
     exact_linear,
     fold_groups,
+    low_bytes,
     pack_int4,
     packed_width,
     quantize_rows,
@@ -150,12 +151,16 @@ def test_activation_rows(bits, exponent, seed):
     x[3] = -x[3].abs()
     q, scale, zero_point = quantize_rows(x, bits)
     qmax = 2 ** (bits - 1) - 1
-    assert torch.equal(q, q.round())
-    assert q.abs().max() <= qmax
+    assert torch.equal(q.double(), torch.round((x / scale).double() - zero_point))
+    assert -qmax - 1 <= q.min()
+    assert q.max() <= qmax
+    assert zero_point.abs().max() <= qmax  # so zero has an integer
     back = (q + zero_point).double() * scale.double()
-    assert ((back - x).abs() <= scale.double() * 1.001).all()  # one step at a clamped end
-    assert torch.equal((0 - zero_point).clamp(-qmax, qmax), -zero_point)  # zero has an integer
+    assert ((back - x).abs() <= scale.double() * 0.501).all()
     assert (back[1] == 0).all()
+    out = torch.empty(x.shape, dtype=torch.uint8)
+    low_bytes(x, scale, 2.0 ** (bits - 1) - zero_point, out)
+    assert torch.equal(out.float(), q + 2.0 ** (bits - 1))
 
 
 def test_activation_rows_that_are_not_finite_spoil_only_themselves():
@@ -168,8 +173,8 @@ def test_activation_rows_that_are_not_finite_spoil_only_themselves():
 def test_rounding_is_half_to_even():
     x = torch.tensor([[0.0, 0.5, 1.5, 2.5, 254.0]])
     q, scale, zero_point = quantize_rows(x, 8)
-    assert scale.item() == 1
-    assert (q + zero_point).tolist() == [[0, 0, 2, 2, 254]]
+    assert (scale.item(), zero_point.item()) == (1, 127)
+    assert q.tolist() == [[-127, -126, -126, -124, 127]]
 
 
 def test_exact_products_against_python_integers():

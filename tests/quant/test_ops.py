@@ -3,7 +3,7 @@ import torch
 import torch.nn.functional as F
 from torch.library import opcheck
 
-from torsh_quant import _cpu, _ops
+from torsh_quant import _cpu
 from torsh_quant._numerics import (
     dequantize_weight,
     fold_groups,
@@ -36,7 +36,7 @@ def test_linear_against_integers(shape, groups, has_bias, device):
     scale = torch.rand(24, groups, device=device) + 0.1
     bias = torch.randn(24, device=device) if has_bias else None
     out = LINEAR(x, weight, scale, None, bias, 8)
-    bits = _ops.activation_bits(8, x.device, "linear")
+    bits = _cpu.activation_bits(8, x.device, "linear")
     expected = linear_in_integers(x, weight, scale, bias, bits)
     assert out.shape == expected.shape
     if out.numel():
@@ -131,7 +131,7 @@ def test_conv_against_integers(name, layout, device):
     scale, bias = torch.rand(16, 1, device=device), torch.randn(16, device=device)
     for channels_last in (False, True):
         out = CONV(x, weight, scale, None, bias, 8, *CONVS[name], channels_last)
-        bits = _ops.activation_bits(8, x.device, "conv")
+        bits = _cpu.activation_bits(8, x.device, "conv")
         expected = conv_in_integers(x, weight, scale, bias, bits, *CONVS[name])
         for image, right in zip(out.double(), expected, strict=True):
             # Padding is exactly zero, so borders are as close as the inside.
@@ -200,8 +200,10 @@ def test_cpu_and_gpu_get_the_same_integers(out):
     scale = torch.ones(out, 1)
     ours = LINEAR(x, weight, scale, None, None, 7)
     theirs = LINEAR(x.cuda(), weight.cuda(), scale.cuda(), None, None, 7).cpu()
-    assert torch.equal(ours, theirs)
-    q, _, _ = quantize_rows(x, 7)
+    q, step, _ = quantize_rows(x, 7)
+    assert torch.equal((ours / step).round(), (theirs / step).round())
+    # The sums are multiplied by the steps in an order of the kernel's own: two float32 units.
+    torch.testing.assert_close(ours, theirs, rtol=2.4e-7, atol=0)
     q_gpu, _, _ = quantize_rows(x.cuda(), 7)
     assert torch.equal(q, q_gpu.cpu())
 
@@ -210,6 +212,30 @@ def test_narrow_kernels_narrow_the_request(monkeypatch):
     asked = torch.device("cpu")
     narrow = (_cpu.IntegerKernel("FBGEMM int8", 7), _cpu.FLOAT64)
     monkeypatch.setattr(_cpu, "linear_kernels", lambda: narrow)
-    assert _ops.activation_bits(8, asked, "linear") == 7
-    assert _ops.activation_bits(6, asked, "linear") == 6
-    assert _ops.activation_bits(8, torch.device("cuda"), "linear") == 8
+    assert _cpu.activation_bits(8, asked, "linear") == 7
+    assert _cpu.activation_bits(6, asked, "linear") == 6
+    assert _cpu.activation_bits(8, torch.device("cuda"), "linear") == 8
+
+
+def test_conv_in_float64_gives_the_same(monkeypatch):
+    x = torch.randn(3, 8, 9, 10) + 0.3
+    bits = _cpu.conv_kernels()[0].act_bits
+    weight = torch.randint(-127, 128, (16, 72), dtype=torch.int8)
+    scale, bias = torch.rand(16, 2), torch.randn(16)
+    arguments = (x, weight, scale, None, bias, bits, *CONVS["strided"], False)
+    fast = CONV(*arguments)
+    monkeypatch.setattr(_cpu, "conv_kernels", lambda: (_cpu.FLOAT64,))
+    # The sums are the same integers; the zero point is added before or after rounding to floats.
+    torch.testing.assert_close(
+        CONV(*arguments), fast, rtol=1e-5, atol=1e-5 * fast.abs().max().item()
+    )
+
+
+def test_conv_of_many_blocks_of_images():
+    x = torch.randn(7, 8, 96, 96)
+    weight, scale = torch.randint(-127, 128, (4, 72), dtype=torch.int8), torch.rand(4, 1)
+    arguments = (scale, None, torch.randn(4), 8, *CONVS["same"])
+    for channels_last in (False, True):
+        out = CONV(x, weight, *arguments, channels_last)
+        one = torch.cat([CONV(image[None], weight, *arguments, channels_last) for image in x])
+        assert torch.equal(out, one)

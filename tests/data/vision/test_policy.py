@@ -182,6 +182,8 @@ def test_operations_and_signs_are_equally_frequent(monkeypatch):
     for ops, rotation in zip(drawn, strengths, strict=True):
         assert stats.chisquare(np.bincount(ops.numpy(), minlength=14)).pvalue > 1e-3
         assert stats.binomtest(int((rotation > 0).sum()), 14_000).pvalue > 1e-3
+        signs = np.stack([np.bincount(ops[rotation > 0]), np.bincount(ops[rotation < 0])])
+        assert stats.chi2_contingency(signs).pvalue > 1e-3
     table = np.zeros((14, 14))
     np.add.at(table, (drawn[0].numpy(), drawn[1].numpy()), 1)
     assert stats.chi2_contingency(table).pvalue > 1e-3  # the layers are independent

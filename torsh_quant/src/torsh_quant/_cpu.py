@@ -40,11 +40,11 @@ class IntegerKernel:
 
 @dataclass(frozen=True)
 class ConvShape:
-    """Where a convolution's window goes: pairs for height and width, and the groups."""
+    """Where a convolution's window goes: height and width of each, and the groups."""
 
-    stride: tuple[int, int]
-    padding: tuple[int, int]
-    dilation: tuple[int, int]
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    dilation: tuple[int, ...]
     groups: int
 
 
@@ -125,7 +125,7 @@ def _pack_onednn(weight: Tensor, scale: Tensor) -> Packed:
 def _linear_onednn(q: Tensor, zero_point: int, packed: Packed) -> Tensor:
     weight, scale, zeros = packed
     run = torch.ops.onednn.qlinear_pointwise
-    shifted = to_uint8(q.to(torch.int8), zero_point)
+    shifted = (q + zero_point).to(torch.uint8)
     out = run(
         shifted, 1.0, zero_point, weight, scale, zeros, None, 1.0, 0, torch.float32, "none", [], ""
     )
@@ -136,11 +136,6 @@ _LINEAR: dict[str, tuple[Callable[..., Packed], Callable[..., Tensor]]] = {
     "FBGEMM int8": (_pack_fbgemm, _linear_fbgemm),
     "oneDNN int8": (_pack_onednn, _linear_onednn),
 }
-
-
-def to_uint8(q: Tensor, zero_point: int) -> Tensor:
-    """Shift int8 in place to uint8, as the x86 kernels take them; 128 wraps around as it should."""
-    return q.view(torch.uint8).add_(zero_point)
 
 
 def zero_point_for(act_bits: int) -> int:
@@ -224,7 +219,7 @@ def _conv_onednn(q: Tensor, packed: Packed, shape: ConvShape, act_bits: int) -> 
     weight, scale, zeros = packed
     zero_point = zero_point_for(act_bits)
     out = torch.ops.onednn.qconv_pointwise(
-        to_uint8(q, zero_point),
+        q,
         1.0,
         zero_point,
         weight,
@@ -252,8 +247,9 @@ def conv_kernels() -> tuple[IntegerKernel, ...]:
     weight = torch.full((16, 16, 3, 3), 127, dtype=torch.int8)
     weight[::2] = -127
     for act_bits in (8, 7):
-        q = _extremes(act_bits).view(3, 16, 4, 4).to(torch.int8)
+        q = _extremes(act_bits).view(3, 16, 4, 4)
         expected = exact_conv2d(q, weight, [1, 1], [1, 1], [1, 1], 1)
+        q = (q + zero_point_for(act_bits)).to(torch.uint8)
         try:
             packed = _pack_conv(weight, torch.ones(16), shape, act_bits)
             out = _conv_onednn(q, packed, shape, act_bits).double()
@@ -275,7 +271,8 @@ def conv2d(
     """Convolve integer images with a stored weight and scale each channel.
 
     Args:
-        q: ``(batch, channels, height, width)`` int8 of ``act_bits`` bits; it is overwritten.
+        q: ``(batch, channels, height, width)`` uint8 holding integers of ``act_bits`` bits plus
+            :func:`zero_point_for` them.
         weight: ``(out_channels, ...)`` int8, or uint8 with two 4-bit integers a byte.
         scale: ``(out_channels, scale groups)``.
         kernel_size: Height and width of the window.
@@ -292,9 +289,6 @@ def conv2d(
         flat, channel = folded(weight, scale, channels * height * width)
         return flat.view(-1, channels, height, width), channel
 
-    if not conv_kernels()[0].fast:
-        kernel, channel = remembered(weight, scale, "conv integers", integers)
-        return exact_conv_scaled(q, kernel, channel, shape)
     packed = remembered(
         weight,
         scale,
@@ -304,9 +298,9 @@ def conv2d(
     return _conv_onednn(q, packed, shape, act_bits)
 
 
-def exact_conv_scaled(q: Tensor, kernel: Tensor, channel: Tensor, shape: ConvShape) -> Tensor:
-    """Convolve exactly in float64, then scale each output channel in float32."""
-    out = exact_conv2d(
-        q, kernel, list(shape.stride), list(shape.padding), list(shape.dilation), shape.groups
-    )
-    return out.float().mul_(channel[:, None, None])
+def activation_bits(asked: int, device: torch.device, layer: str) -> int:
+    """Return the width of the activations' integers: ``asked``, or what is exact on this CPU."""
+    if device.type != "cpu":
+        return asked
+    kernels = linear_kernels() if layer == "linear" else conv_kernels()
+    return min(asked, kernels[0].act_bits)

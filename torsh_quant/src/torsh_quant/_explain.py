@@ -7,8 +7,8 @@ from torch import nn
 
 from torsh_quant._cpu import conv_kernels, linear_kernels
 from torsh_quant._layers import quantizable_layers, quantized_layers
+from torsh_quant._linear import int_mm_takes
 from torsh_quant._modules import QuantConv2d, QuantizedLayer
-from torsh_quant._ops import int_mm_takes
 from torsh_quant._table import text_table
 
 

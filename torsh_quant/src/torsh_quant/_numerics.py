@@ -12,6 +12,7 @@ from torch import Tensor
 from torsh_quant._spec import IntSpec
 
 TINY = torch.finfo(torch.float32).tiny
+ROUNDER = 1.5 * 2**23
 
 
 def weight_qparams(weight: Tensor, spec: IntSpec, group_size: int) -> tuple[Tensor, Tensor | None]:
@@ -204,34 +205,68 @@ def fold_groups(q: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
     return folded.flatten(1), step[:, 0, 0].contiguous()
 
 
-def quantize_rows(x: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Round each row to integers with its own scale and zero point.
+def row_qparams(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """Choose a scale and a zero point for each row.
 
-    ``q = round(x / scale) - zero_point``, half to even, where the range from the smallest to the
-    largest value, zero included, takes up the integers from ``-qmax`` to ``qmax``. Zero is
-    always met exactly, so padding with it is exact too.
+    The range from the smallest to the largest value, zero included, takes up the integers from
+    ``-qmax`` to ``qmax``, which is ``2**(bits-1) - 1``. Zero is always met exactly, so padding with
+    it is exact too.
 
     Args:
-        x: ``(rows, ...)``.
-        bits: 2 to 8; ``qmax`` is ``2**(bits-1) - 1``.
+        x: ``(rows, ...)`` float32.
+        bits: 2 to 8.
 
     Returns:
-        Integer-valued float32 of the shape of ``x``; scale and zero point ``(rows, 1, ...)``,
-        float32. A row with NaN or infinity gets a scale that is not finite, so that its outputs
-        are NaN and no others.
+        Scale and zero point, float32 ``(rows, 1, ...)``. A row with NaN or infinity gets a scale
+        that is not finite, so that its outputs are NaN and no others.
 
     Example:
-        >>> quantize_rows(torch.tensor([[0.0, 3.0, 6.0], [-2.0, 1.0, 4.0]]), bits=3)
-        (tensor([[-3.,  0.,  3.], [-3.,  0.,  3.]]), tensor([[1.], [1.]]), tensor([[3.], [1.]]))
+        >>> row_qparams(torch.tensor([[0.0, 3.0, 6.0], [-2.0, 1.0, 4.0]]), bits=3)
+        (tensor([[1.], [1.]]), tensor([[3.], [1.]]))
     """
     qmax = 2 ** (bits - 1) - 1
     dims = tuple(range(1, x.ndim))
-    x = x.float()
     low, high = x.amin(dims, keepdim=True).clamp_(max=0), x.amax(dims, keepdim=True).clamp_(min=0)
     scale = (high / (2 * qmax) - low / (2 * qmax)).clamp_(min=TINY)
-    zero_point = torch.round(high / scale).sub_(qmax)
-    q = (x / scale).round_().sub_(zero_point).clamp_(-qmax, qmax)
-    return q, scale, zero_point
+    return scale, torch.round(high / scale).sub_(qmax)
+
+
+def quantize_rows(x: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Round each row to integers with its own scale and zero point.
+
+    ``q = round(x / scale - zero_point)``, half to even. Rounding both ends of the range may take
+    one more integer below, ``-2**(bits-1)``.
+
+    Args:
+        x: ``(rows, ...)``.
+        bits: 2 to 8.
+
+    Returns:
+        Integer-valued float32 of the shape of ``x``; scale and zero point as of
+        :func:`row_qparams`.
+
+    Example:
+        >>> quantize_rows(torch.tensor([[0.0, 3.0, 6.0], [-2.0, 1.0, 4.0]]), bits=3)[0]
+        tensor([[-3.,  0.,  3.], [-3.,  0.,  3.]])
+    """
+    x = x.float()
+    scale, zero_point = row_qparams(x, bits)
+    return (x / scale).add_(ROUNDER - zero_point).sub_(ROUNDER), scale, zero_point
+
+
+def low_bytes(x: Tensor, scale: Tensor, shift: Tensor, out: Tensor) -> None:
+    """Write ``round(x / scale + shift)`` to a uint8 tensor, in three passes.
+
+    A float32 between 2**23 and 2**24 has no bits for fractions: adding one rounds, half to even,
+    and leaves the integer in the low bits, where a conversion picks up one byte.
+
+    Example:
+        >>> out = torch.empty(3, dtype=torch.uint8)
+        >>> low_bytes(torch.tensor([-3.0, 1.0, 5.0]), torch.tensor(2.0), torch.tensor(128.0), out)
+        >>> out.tolist()
+        [126, 128, 130]
+    """
+    out.copy_((x / scale).add_(shift + ROUNDER).view(torch.int32))
 
 
 def exact_linear(q: Tensor, weight: Tensor) -> Tensor:

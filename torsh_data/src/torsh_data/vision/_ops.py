@@ -25,7 +25,7 @@ def _per_image(values: Tensor) -> Tensor:
 
 def _fused(product: Tensor, factor: Tensor, addend: Tensor) -> Tensor:
     """Multiply and add with one rounding, as the fused instruction does."""
-    return product * factor + addend
+    return (product.double() * factor.double() + addend.double()).float()
 
 
 def _to_dtype(values: Tensor, images: Tensor) -> Tensor:
