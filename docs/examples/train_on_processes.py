@@ -1,8 +1,8 @@
 """One training script for one process, several local ones, and many machines.
 
-    python train_on_processes.py                             one process
-    python train_on_processes.py 2                           two, started from Python
-    torchrun --nproc-per-node 2 train_on_processes.py        two, started by torchrun
+python train_on_processes.py                             one process
+python train_on_processes.py 2                           two, started from Python
+torchrun --nproc-per-node 2 train_on_processes.py        two, started by torchrun
 """
 
 import sys

@@ -196,8 +196,8 @@ def test_loss_that_is_not_finite_stops_before_the_checkpoint(tmp_path: Path) -> 
     assert not (tmp_path / "checkpoints").exists()
 
 
-def test_budget_is_measured_and_tightened() -> None:
-    """A table that promises too much: only the measurement keeps the slow option out."""
+def test_budget_is_measured_and_its_limit_moved() -> None:
+    """Tables that promise too much or too little: the measurement decides."""
 
     class Slow(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
@@ -224,6 +224,16 @@ def test_budget_is_measured_and_tightened() -> None:
             search.strategy._alphas["a"].copy_(torch.tensor([5.0, 0.0]))
         assert search.strategy.best()["a"] == "slow"
         assert search.best()["a"] == "fast"
+    gloomy = nas.LatencyTable(
+        honest.space,
+        {"a": (60 * slow, 0.1 * limit)},
+        device_info=honest.device_info,
+        input_specs=honest.input_specs,
+    )
+    search = start(model, budget=nas.Budget(latency_ms=20 * slow, source=gloomy))
+    with torch.no_grad():
+        search.strategy._alphas["a"].copy_(torch.tensor([5.0, 0.0]))
+    assert search.best()["a"] == "slow"
     with pytest.raises(nas.InfeasibleBudget, match="cannot be met") as caught:
         start(model, budget=nas.Budget(latency_ms=1e-6, source=flattering)).best()
     assert caught.value.minimum_ms > 1e-6

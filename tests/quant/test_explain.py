@@ -28,7 +28,7 @@ def test_rows_follow_the_model(monkeypatch):
     first, second, third, last = found.rows
     assert first.gain == "below 1x"
     assert "only 9 products per output" in first.reason
-    assert "channels-last" in second.reason
+    assert "channels_last" in second.reason
     assert (third.kernel, third.act_bits, third.reason) == ("an int8 kernel", 8, "")
     assert third.bytes_float == 4 * 512 * 513
     assert third.bytes_now == 512 * 512 + 8 * 512
@@ -58,7 +58,7 @@ def test_fallbacks_are_named(monkeypatch):
 
 def test_channels_last_is_seen():
     found = explain(quantize(net().to(memory_format=torch.channels_last), "w8a8"))
-    assert "channels-last" not in found.rows[1].reason
+    assert "channels_last" not in found.rows[1].reason
 
 
 def test_the_table_names_every_layer():

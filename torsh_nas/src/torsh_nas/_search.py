@@ -24,11 +24,12 @@ from torsh_nas._checkpoint import (
 from torsh_nas._derive import derive
 from torsh_nas._measure import Timing, measure
 from torsh_nas._penalty import LatencyPenalty
-from torsh_nas._solve import minimise, solve
+from torsh_nas._solve import maximise, minimise, solve
 from torsh_nas._strategy import Batch, Loss, Strategy
 
 T = TypeVar("T")
-_TIGHTENINGS = 10
+_MEASUREMENTS = 10
+_CLOSE = 1.02
 
 
 def cycle(loader: Iterable[T]) -> Iterator[T]:
@@ -79,9 +80,9 @@ class Result:
 class Search:
     """Train a model with choices and find the best architecture in it.
 
-    With a budget the found model is measured, and the budget on the predictions tightened until
-    the measurement holds it too; where that is impossible, :class:`InfeasibleBudget` says what is
-    possible.
+    With a budget the found model is measured, and the limit on the predictions moved until the
+    measurement holds the budget and little of it is left unused; where that is impossible,
+    :class:`InfeasibleBudget` says what is possible.
 
     Args:
         model: Your model, with choices in it.
@@ -215,7 +216,7 @@ class Search:
         """
         if self.budget is None:
             return self.strategy.best()
-        arch, self._timing = _fastest_enough(self.model, self.strategy.scores(), self.budget)
+        arch, self._timing = _best_within(self.model, self.strategy.scores(), self.budget)
         return arch
 
     def _run_epoch(self, train: Iterable[Batch], val: Iterable[Batch]) -> dict[str, Any]:
@@ -309,28 +310,44 @@ class Search:
         set_rng_state(state["rng"])
 
 
-def _fastest_enough(
+def _best_within(
     model: nn.Module, scores: Mapping[str, Tensor], budget: Budget
 ) -> tuple[Architecture, Timing]:
-    """Solve, measure, and tighten the predicted limit until the measured one holds."""
+    """Search for the loosest limit on predictions whose solution is measured to hold the budget.
+
+    Predictions err on both sides: where they promise too much the limit is tightened, where they
+    are too cautious it is loosened, so that no score is given away for a budget left unused.
+    """
     table = budget.source
-    limit = budget.latency_ms
+    limit, holds, fails = budget.latency_ms, 0.0, math.inf
     seen: dict[Architecture, Timing] = {}
+    found: Architecture | None = None
+    best = maximise(table.space, scores)
     try:
-        for _ in range(_TIGHTENINGS):
+        for _ in range(_MEASUREMENTS):
             arch = solve(scores, Budget(latency_ms=limit, source=table))
             if arch not in seen:
                 seen[arch] = _time_derived(model, arch, budget)
-            timing = seen[arch]
-            if timing.ms <= budget.latency_ms:
-                return arch, timing
-            # Below what this architecture is predicted to take, so that it cannot come again.
-            limit = min(limit * budget.latency_ms / timing.ms, table.predict(arch) * (1 - 1e-4))
-            if limit <= 0:
+            ratio = budget.latency_ms / seen[arch].ms
+            if ratio >= 1:
+                found, holds = arch, limit
+                if arch == best:
+                    break
+                # At least past what this architecture is predicted to take.
+                limit *= max(ratio, _CLOSE)
+            else:
+                # Below what this architecture is predicted to take: it cannot come again.
+                fails = min(fails, limit, table.predict(arch) * (1 - 1e-4))
+                limit = fails * ratio
+            if limit >= fails or limit <= holds:
+                limit = (holds + fails) / 2
+            if fails <= holds * _CLOSE or limit <= 0:
                 break
     except InfeasibleBudget:
         if not seen:
             raise
+    if found is not None:
+        return found, seen[found]
     costs = {label: list(times) for label, times in table.costs.items()}
     fastest = minimise(table.space, costs)
     if fastest not in seen:
