@@ -11,6 +11,7 @@ convolution alone, on integers that are ready.
 import argparse
 import json
 import platform
+import random
 import statistics
 import sys
 import time
@@ -136,9 +137,11 @@ def measure(calls: dict[str, Call], seconds: float) -> dict[str, list[float]]:
             quickest = min(quickest, time.process_time() - start)
         loops[name] = max(1, int(4e-3 / max(quickest, 1e-6)))
     times: dict[str, list[float]] = {name: [] for name in calls}
+    order, shuffle = list(calls.items()), random.Random(0).shuffle
     end = time.perf_counter() + seconds
     while time.perf_counter() < end or len(times[next(iter(times))]) < 7:
-        for name, call in calls.items():
+        shuffle(order)  # what runs before leaves its mark on the caches and the clock
+        for name, call in order:
             start = time.process_time()
             for _ in range(loops[name]):
                 call()
