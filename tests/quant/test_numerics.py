@@ -117,6 +117,22 @@ def test_searched_range_is_never_worse_than_the_extremes(symmetric):
     assert error < (plain - groups).square().sum() * (0.85 if symmetric else 1.0)
 
 
+def test_symmetric_search_tries_both_signs():
+    weight = torch.randn(200, 8)
+    scale, _ = weight_qparams(weight, IntSpec(4), 8)
+    q = quantize_weight(weight, scale, None, IntSpec(4))
+    error = (dequantize_weight(q, scale) - weight).double().square().sum(1)
+    extreme = weight.double().abs().amax(1, keepdim=True)
+    least = torch.full((200,), torch.inf, dtype=torch.float64)
+    for sign in (1, -1):
+        for percent in range(80, 120, 5):
+            step = sign * percent / 100 * extreme / 8
+            back = torch.round(weight / step).clamp(-8, 7) * step
+            least = torch.minimum(least, (back - weight).square().sum(1))
+    # float32 against float64: a tie may go to the neighbouring candidate.
+    torch.testing.assert_close(error, least, rtol=1e-4, atol=0)
+
+
 def test_tensor_scale_is_one_number():
     scale, _ = weight_qparams(torch.randn(5, 8), IntSpec(8, group="tensor"), 8)
     assert scale.shape == (5, 1)

@@ -100,6 +100,16 @@ def test_linear_of_floats_against_float64(dtype, rows, device):
     torch.testing.assert_close(out.double(), expected, rtol=tolerance, atol=tolerance * 30)
 
 
+@pytest.mark.parametrize("act_bits", [0, 8])
+def test_autocast_keeps_the_dtype_of_the_input(act_bits):
+    weight, scale = torch.randint(-127, 128, (8, 72), dtype=torch.int8), torch.rand(8, 1)
+    x, images = torch.randn(3, 72), torch.randn(2, 8, 6, 6)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert LINEAR(x, weight, scale, None, None, act_bits).dtype == torch.float32
+        out = CONV(images, weight, scale, None, None, act_bits, *CONVS["same"], False)
+        assert out.dtype == torch.float32
+
+
 CONVS = {
     "same": ([3, 3], [1, 1], [1, 1], [1, 1], 1),
     "strided": ([3, 3], [2, 2], [1, 1], [1, 1], 1),

@@ -19,6 +19,8 @@ from rich.table import Table
 
 from report import Section, write_report
 
+THREADS = min(2, os.cpu_count() or 1)
+
 
 @dataclass(frozen=True)
 class Step:
@@ -116,6 +118,7 @@ def perform(step: Step, demo: Demo, failed: set[str]) -> Outcome:
         return Outcome(
             step, Section(f"left out: it needs step '{missing[0]}', which failed"), 0, True
         )
+    torch.set_num_threads(THREADS)
     start = time.perf_counter()
     try:
         with demo.console.status(f"{step.package}: {step.title}"):
@@ -154,8 +157,6 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     options.out.mkdir(parents=True, exist_ok=True)
     warnings.filterwarnings("ignore", category=DeprecationWarning, module="torch")
-    torch.set_num_threads(min(2, os.cpu_count() or 1))
-
     console = Console()
     demo = Demo(options.out, options.quick, console)
     start, outcomes, failed = time.perf_counter(), [], set[str]()
@@ -178,7 +179,7 @@ def main(arguments: list[str] | None = None) -> int:
 
     page = options.out / "report.html"
     versions = f"torch {torch.__version__}, Python {platform.python_version()}"
-    machine = f"{versions}, {torch.get_num_threads()} threads"
+    machine = f"{versions}, {THREADS} threads"
     rows = [
         {**vars(o.step), "section": o.section, "time": f"{o.seconds:.1f} s", "failed": o.failed}
         for o in outcomes

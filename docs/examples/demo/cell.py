@@ -19,14 +19,19 @@ def operation(name: str, channels: int, stride: int) -> nn.Module:
     if name == "skip":
         return nn.Identity()
     if name == "average":
-        return nn.AvgPool2d(3, stride, padding=1)
+        return nn.Sequential(nn.AvgPool2d(3, stride, padding=1), norm(channels))
     size = int(name[-1])
     if name.startswith("separable"):
         depthwise = nn.Conv2d(channels, channels, size, stride, size // 2, groups=channels)
         layers = [depthwise, nn.Conv2d(channels, channels, 1, bias=False)]
     else:
         layers = [nn.Conv2d(channels, channels, size, stride, size // 2, bias=False)]
-    return nn.Sequential(nn.ReLU(), *layers, nn.BatchNorm2d(channels))
+    return nn.Sequential(nn.ReLU(), *layers, norm(channels))
+
+
+def norm(channels: int) -> nn.Module:
+    """Without a scale to learn, so that operations compete on what they compute."""
+    return nn.BatchNorm2d(channels, affine=False)
 
 
 class Reader(nn.Module):
@@ -57,16 +62,17 @@ def run(demo) -> Section:
     for_weights = TensorDataset(images[:half], data.labels[:half])
     for_choices = TensorDataset(images[half:], data.labels[half:])
     torch.manual_seed(0)
+    torch.set_num_threads(1)  # one thread: times that repeat, also on a shared machine
     net = Reader()
     space, batch = nas.space(net), images[:64]
 
     everywhere = {op: dense(net, op) for op in ("conv 3x3", "skip")}
     slow, fast = (nas.measure(plain, batch).ms for plain in everywhere.values())
-    limit = fast + 0.5 * (slow - fast)
+    limit = fast + 0.7 * (slow - fast)
     table = nas.LatencyTable.build(net, batch)
     search = nas.Search(
         net,
-        nas.DARTS(lr=3e-3),
+        nas.DARTS(lr=0.02, warmup_epochs=0 if demo.quick else 2),
         F.cross_entropy,
         torch.optim.SGD(nas.weights(net), lr=0.05, momentum=0.9, weight_decay=3e-4),
         budget=nas.Budget(latency_ms=limit, source=table),
@@ -77,7 +83,7 @@ def run(demo) -> Section:
     path = demo.out / "architecture.json"
     result.architecture.to_json(path)
 
-    found = nas.measure(demo.made.net.eval(), batch)
+    found = result.timing
     section = Section(
         f"found a cell that takes {found.ms:.2f} ms, budget {limit:.2f} ms",
         [

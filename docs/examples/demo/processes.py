@@ -15,9 +15,7 @@ from torsh_dist import CompressionStats, Int8, Step, compress, init, launch
 from torsh_optim import AdamW
 
 PROCESSES = 2
-TOLERANCE = (
-    0.02  # how far apart the last epoch's mean losses may be: a tenth of an epoch's progress
-)
+TOLERANCE = 0.02  # how far apart the mean losses of the two runs may be, as a share
 
 
 @dataclass(frozen=True)
@@ -62,12 +60,11 @@ def run(demo) -> Section:
     for name, ranks in runs.items():
         if len({rank.weights for rank in ranks}) != 1:
             raise RuntimeError(f"{name}: the processes ended with different weights")
-    plain, small = runs["float32"][0], runs["int8"][0]
-    last = slice(-len(plain.losses) // epochs, None)
-    means = {name: sum(r[0].losses[last]) / len(r[0].losses[last]) for name, r in runs.items()}
-    apart = abs(means["int8"] - means["float32"])
-    if apart > TOLERANCE and not demo.quick:
-        raise RuntimeError(f"the losses are {apart:.4f} apart, tolerance {TOLERANCE}")
+    small = runs["int8"][0]
+    means = {name: sum(r[0].losses) / len(r[0].losses) for name, r in runs.items()}
+    apart = abs(means["int8"] / means["float32"] - 1)
+    if apart > TOLERANCE:
+        raise RuntimeError(f"the mean losses are {apart:.1%} apart, tolerance {TOLERANCE:.0%}")
 
     sent = {"float32": small.stats.bytes_uncompressed, "int8": small.stats.bytes_sent}
     rows = [
@@ -75,14 +72,15 @@ def run(demo) -> Section:
         for name, ranks in runs.items()
     ]
     section = Section(
-        f"int8 gradients sent {small.stats.ratio:.0%} of the bytes; mean loss of the last epoch "
-        f"{means['int8']:.4f} against {means['float32']:.4f} (tolerance {TOLERANCE})",
+        f"int8 gradients sent {small.stats.ratio:.0%} of the bytes; mean loss of the whole run "
+        f"{means['int8']:.4f} against {means['float32']:.4f}: {apart:.1%} apart, "
+        f"tolerance {TOLERANCE:.0%}",
         [
             f"{PROCESSES} processes, {small.stats.steps} steps; all ended with the same weights",
             "the float32 row counts what a ring all-reduce of the same gradients sends",
         ],
     )
-    columns = ["gradients", "mean loss, last epoch", "test accuracy", "bytes sent by a process"]
+    columns = ["gradients", "mean loss", "test accuracy", "bytes sent by a process"]
     section.tables.append(Table(columns, rows))
     figure = Figure(figsize=(9, 2.8))
     axes = figure.subplots()

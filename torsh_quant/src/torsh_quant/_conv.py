@@ -150,7 +150,7 @@ def _of_floats(
         shape.dilation,
         shape.groups,
     )
-    return out.contiguous(memory_format=layout)
+    return out.to(dtype=x.dtype, memory_format=layout)  # autocast may have narrowed it
 
 
 def output_format(x: Tensor, channels_last: bool) -> torch.memory_format:

@@ -43,7 +43,7 @@ def _float_linear(
     bias = None if bias is None else bias.to(x.dtype)
     block = max(64, _BLOCK // max(in_features, 1))
     if x.device.type != "cpu" or len(weight) <= block:
-        return F.linear(x, floats(slice(None)), bias)
+        return F.linear(x, floats(slice(None)), bias).to(x.dtype)  # autocast may have narrowed it
     out = x.new_empty((*x.shape[:-1], len(weight)))
     for start in range(0, len(weight), block):
         rows = slice(start, start + block)
