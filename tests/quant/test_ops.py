@@ -212,8 +212,8 @@ def test_cpu_and_gpu_get_the_same_integers(out):
     theirs = LINEAR(x.cuda(), weight.cuda(), scale.cuda(), None, None, 7).cpu()
     q, step, _ = quantize_rows(x, 7)
     assert torch.equal((ours / step).round(), (theirs / step).round())
-    # The sums are multiplied by the steps in an order of the kernel's own: two float32 units.
-    torch.testing.assert_close(ours, theirs, rtol=2.4e-7, atol=0)
+    # The kernels multiply the sums by the steps in orders of their own: three roundings.
+    torch.testing.assert_close(ours, theirs, rtol=3.6e-7, atol=0)
     q_gpu, _, _ = quantize_rows(x.cuda(), 7)
     assert torch.equal(q, q_gpu.cpu())
 

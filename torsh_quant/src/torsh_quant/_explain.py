@@ -180,5 +180,5 @@ def _cpu_choice(layer: QuantizedLayer) -> _Choice:
         gain = "about 1x"
         reasons.append("a small layer: the call costs more than the product")
     else:
-        gain = "3 to 8x" if wide else "2 to 5x"
+        gain = "3 to 8x" if wide else "2 to 4x"
     return kernel.name, act_bits, gain, "; ".join(reasons), False
