@@ -69,7 +69,7 @@ def reduce(residual: Tensor, rows: Tensor, layout: Layout, rank: int) -> None:
                 total += mine[slab]
             else:
                 total += codes[row, slab] * scales[row, slab, None]
-        total /= layout.world_size
+        total /= total.new_full((1,), layout.world_size)  # as in quantize_
         quantize_(total, codes[rank, slab], scales[rank, slab])
         torch.mul(total, layout.world_size, out=mine[slab])
 
@@ -117,7 +117,8 @@ def quantize_(values: Tensor, codes: Tensor, scales: Tensor) -> None:
     """
     largest = torch.linalg.vector_norm(values, ord=math.inf, dim=1)
     finite = largest <= LARGEST
-    scale = torch.where(finite, largest / 127, 0.0)
+    # By a tensor: by a number, CUDA multiplies with the reciprocal, which rounds twice.
+    scale = torch.where(finite, largest / largest.new_full((1,), 127.0), 0.0)
     scale = torch.where(scale < SMALLEST, 0.0, scale)
     inverse = torch.where(scale > 0, 1 / scale, 0.0)
     values.masked_fill_(~finite[:, None], 0.0)
