@@ -16,7 +16,7 @@ SCHEMES = ["w8a8", "w4a16"]
 
 def run(demo) -> Section:
     data = digits()
-    net = copy.deepcopy(demo.made.trained).eval()
+    net = copy.deepcopy(demo.made.trained).eval().to(memory_format=torch.channels_last)
     versions = {"fp32": net} | {scheme: quantize(net, scheme) for scheme in SCHEMES}
     batch = to_float(data.test_images)
     rows, results = [], {}
