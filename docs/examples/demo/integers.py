@@ -3,6 +3,7 @@
 import copy
 from collections import Counter
 
+import torch
 from matplotlib.figure import Figure
 from torch import nn
 
