@@ -13,10 +13,10 @@ def test_import_finds_the_sources_and_not_an_empty_namespace(name):
 
 
 @pytest.mark.parametrize("name", PACKAGES)
-def test_public_names_are_listed_sorted_and_real(name):
+def test_public_names_are_listed_once_and_real(name):
     package = importlib.import_module(name)
-    listed = package.__all__
-    assert listed == sorted(set(listed))
+    listed = package.__all__  # ruff keeps it sorted
+    assert len(listed) == len(set(listed))
     assert len(listed) > 1, "a package with no public name but its version"
     for public in listed:
         assert hasattr(package, public), public
