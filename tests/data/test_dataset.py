@@ -227,6 +227,81 @@ def test_decoded_blocks_are_given_back(tmp_path, monkeypatch):
     assert data._decoded_bytes <= 4000
 
 
+@pytest.mark.parametrize("compression", ["lz4", "zstd"])
+def test_decompressed_blocks_of_foreign_files_are_given_back(tmp_path, compression, monkeypatch):
+    table = pa.table({"n": np.zeros(200_000), "m": np.zeros(200_000)})
+    options = pa.ipc.IpcWriteOptions(compression=compression)
+    with pa.ipc.new_file(str(tmp_path / "a.arrow"), table.schema, options=options) as writer:
+        writer.write_table(table, max_chunksize=2000)
+    data = ShardedDataset(tmp_path, columns=["n"])
+    monkeypatch.setattr(module, "_DECODED_BYTES", 50_000)
+    before = pa.total_allocated_bytes()
+    for n in range(0, 200_000, 1000):
+        assert data[n] == {"n": 0.0}
+    assert 1 < len(data._open_blocks) <= 4
+    assert 0 < data._decoded_bytes <= 50_000
+    assert pa.total_allocated_bytes() - before < 100_000
+
+
+def test_blocks_used_where_they_lie_do_not_count_as_memory(original, tmp_path):
+    table = pa.table({"n": np.arange(10_000), "s": ["a"] * 10_000})
+    with pa.ipc.new_file(str(tmp_path / "a.arrow"), table.schema) as writer:
+        writer.write_table(table, max_chunksize=100)
+    for source in (original, tmp_path):
+        data = ShardedDataset(source)
+        data.__getitems__(range(len(data)))
+        assert data._decoded_bytes == 0
+        assert len(data._open_blocks) > 4
+
+
+@pytest.mark.parametrize(
+    "column",
+    [
+        pa.array([1.5, 2.5, None]),
+        pa.array([1, 2, None]),
+        pa.array([True, False, None]),
+        pa.array([[1, 2], [3, 4], None], pa.list_(pa.int16(), 2)),
+        pa.ExtensionArray.from_storage(
+            pa.fixed_shape_tensor(pa.int16(), [2]),
+            pa.array([[1, 2], [3, 4], None], pa.list_(pa.int16(), 2)),
+        ),
+    ],
+    ids=lambda column: str(column.type),
+)
+@pytest.mark.parametrize("block_rows", [1, 3])
+def test_a_null_among_numbers_or_tensors_is_refused_in_batches_alone(tmp_path, column, block_rows):
+    table = pa.table({"x": column})
+    with pa.ipc.new_file(str(tmp_path / "a.arrow"), table.schema) as writer:
+        writer.write_table(table, max_chunksize=block_rows)
+    data = ShardedDataset(tmp_path)
+    batch = data.read_batch([1, 0])["x"]  # a tensor, whether or not their block has a null
+    for row, n in zip(batch, (1, 0), strict=True):
+        assert row.tolist() == column[n].as_py()
+    assert data[2] == {"x": None}
+    assert torch.as_tensor(data[1]["x"]).tolist() == column[1].as_py()
+    for ids in ([0, 2], [-1, 0]):
+        with pytest.raises(ValueError, match="column 'x' has a null in sample 2, and a tensor"):
+            data.read_batch(ids)
+
+
+def test_columns_that_come_as_lists_keep_their_nulls(tmp_path):
+    columns = {"t": ["a", None], "l": [[1], None], "b": [None, b"x"]}
+    pq.write_table(pa.table(columns), tmp_path / "a.parquet")
+    assert ShardedDataset(tmp_path).read_batch([0, 1]) == columns
+
+
+def test_numbers_beyond_int64_and_nulls_inside_rows_name_the_column(tmp_path):
+    pq.write_table(pa.table({"u": pa.array([1, 2**63], pa.uint64())}), tmp_path / "a.parquet")
+    data = ShardedDataset(tmp_path)
+    assert data.read_batch([0])["u"].dtype == torch.int64
+    with pytest.raises(ValueError, match="column 'u' holds 9223372036854775808 in sample 1, bey"):
+        data.read_batch([0, 1])
+    rows = pa.array([[1, None]], pa.list_(pa.int16(), 2))
+    pq.write_table(pa.table({"v": rows}), tmp_path / "a.parquet")
+    with pytest.raises(ValueError, match="column 'v' has nulls inside its rows"):
+        ShardedDataset(tmp_path)[0]
+
+
 def test_empty_record_batches_of_foreign_files_are_passed_over(tmp_path):
     schema = pa.schema([("n", pa.int64())])
     with pa.ipc.new_file(str(tmp_path / "a.arrow"), schema) as writer:

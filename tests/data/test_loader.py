@@ -200,6 +200,16 @@ def test_a_rest_smaller_than_the_new_batch_is_left_out(data):
     assert ids(batches) == ids(loader(data, 50, epoch=1))
 
 
+@pytest.mark.parametrize("world", [2, 3, 5])
+def test_a_rank_without_a_part_of_the_rest_moves_on_like_the_others(data, world):
+    state = {**loader(data, 4).state_dict(), "position": ROWS - 1}
+    loaders = ranks(data, world, 4, state, drop_last=False)
+    assert sorted(len(list(each)) for each in loaders) == [0] * (world - 1) + [1]
+    assert all(each.state_dict() == loaders[0].state_dict() for each in loaders)
+    assert (loaders[0].epoch, loaders[0].state_dict()["position"]) == (1, 0)
+    assert sorted(n for each in loaders for n in ids(each)) == list(range(ROWS))
+
+
 def test_the_epoch_ends_before_its_last_batch_is_handed_over(data):
     stream = loader(data)
     iterator = iter(stream)
@@ -306,6 +316,7 @@ def test_states_of_version_1_stay_loadable(data):
         ({"window": 9}, "window=9, this loader has 64; make the loader with window="),
         ({"seed": 9, "window": 9}, "seed=9"),
         ({"position": -1}, "position=-1, not a place in a stream"),
+        ({"position": ROWS + 1}, "position=204, beyond 203 samples"),
         ({"epoch": "1"}, "epoch='1', not a place in a stream"),
     ],
 )
@@ -361,6 +372,28 @@ def test_other_data_sets_deliver_their_own_kind_of_batch():
     assert sorted(seen.tolist()) == list(range(10))
     with pytest.raises(TypeError, match="drop_last='pad' marks the padding"):
         next(iter(StreamLoader(pairs, 3, drop_last="pad")))
+
+
+def test_a_state_knows_the_indices_of_subsets_and_the_parts_of_a_concatenation(data):
+    samples = [{"x": n} for n in range(40)]
+    sets = [
+        samples[:20],
+        Subset(samples, range(20)),
+        Subset(samples, range(20, 40)),
+        Subset(Subset(samples, range(1, 40)), range(20)),
+        Subset(data, range(20)),
+        Subset({f"k{n}": n for n in range(40)}, [f"k{n}" for n in range(20)]),
+        Subset({f"k{n}": n for n in range(40)}, [f"k{n}" for n in range(20, 40)]),
+        ConcatDataset([samples[:10], samples[:10]]),
+        ConcatDataset([samples[:5], samples[:15]]),
+        ConcatDataset([Subset(samples, range(10)), samples[:10]]),
+    ]
+    assert len({StreamLoader(each, 5).state_dict()["fingerprint"] for each in sets}) == len(sets)
+    begun = StreamLoader(sets[1], 5)
+    next(iter(begun))
+    StreamLoader(Subset(samples, list(range(20))), 5).load_state_dict(begun.state_dict())
+    with pytest.raises(ValueError, match="open the data set that it was saved with"):
+        StreamLoader(sets[2], 5).load_state_dict(begun.state_dict())
 
 
 def test_a_window_without_blocks_is_said_to_have_no_effect():

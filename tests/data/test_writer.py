@@ -1,7 +1,10 @@
+import errno
+import fcntl
 import hashlib
 import json
 import logging
 import multiprocessing
+import os
 import time
 from pathlib import Path
 
@@ -80,13 +83,85 @@ def test_shuffling_writes_each_sample_once_in_another_order(tmp_path):
     assert sorted(labels) == list(range(200)) != labels
 
 
+def leave_unfinished(folder, pid="4194304"):
+    """What a killed writer leaves: two shards, half of a third, and its lock file."""
+    write_shards(numbers(300), folder, shard_bytes="3kB", block_bytes="500B")
+    (folder / "index.json").unlink()
+    (folder / ".shard-00008.arrow.tmp").write_bytes(b"half")
+    (folder / ".write_shards.lock").write_text(f"process {pid} on here")
+
+
 def test_leftovers_of_a_killed_writer_are_replaced_and_other_files_kept(tmp_path, caplog):
-    for name in ("shard-00007.arrow", ".shard-00008.arrow.tmp", "notes.txt"):
-        (tmp_path / name).write_bytes(b"half")
+    leave_unfinished(tmp_path)
+    (tmp_path / "notes.txt").write_bytes(b"mine")
     with caplog.at_level(logging.INFO):
         write_shards(numbers(3), tmp_path)
     assert set(digest(tmp_path)) == {"shard-00000.arrow", "index.json", "notes.txt"}
     assert "left by a writer that did not finish" in caplog.text
+
+
+@pytest.mark.parametrize("unfinished", [False, True])
+def test_files_of_others_are_not_removed(tmp_path, unfinished):
+    if unfinished:
+        leave_unfinished(tmp_path)
+    schema = pa.schema([("b", pa.binary())])
+    with pa.ipc.new_file(str(tmp_path / "shard-00007.arrow"), schema) as writer:
+        writer.write_batch(pa.record_batch([pa.array([b"precious"])], schema=schema))
+    before = digest(tmp_path)
+    with pytest.raises(FileExistsError, match=r"shard-00007.arrow was not written by write_shards"):
+        write_shards(numbers(3), tmp_path)
+    assert before.keys() == digest(tmp_path).keys()
+    (tmp_path / "shard-00007.arrow").write_bytes(b"not even Arrow")
+    with pytest.raises(FileExistsError, match="move it or write elsewhere"):
+        write_shards(numbers(3), tmp_path)
+    (tmp_path / "shard-00007.arrow").unlink()
+    write_shards(numbers(3), tmp_path)
+    assert set(digest(tmp_path)) == {"shard-00000.arrow", "index.json"}
+
+
+def test_a_data_set_that_lost_its_index_is_not_removed(tmp_path):
+    write_shards(numbers(300), tmp_path, shard_bytes="3kB", block_bytes="500B")
+    (tmp_path / "index.json").rename(tmp_path / "index.bak")
+    before = digest(tmp_path)
+    with pytest.raises(FileExistsError, match=r"index.json is missing; copy the index back, or"):
+        write_shards(numbers(3), tmp_path)
+    assert digest(tmp_path) == before
+
+
+def test_a_writer_that_fails_takes_back_what_it_wrote(tmp_path):
+    (tmp_path / "notes.txt").write_bytes(b"mine")
+    with pytest.raises(TypeError, match="sample 300: column 'label' holds str"):
+        write_shards(
+            [*numbers(300), {"image": numbers(1)[0]["image"], "label": "x"}],
+            tmp_path,
+            shard_bytes="3kB",
+            block_bytes="500B",
+        )
+    assert set(digest(tmp_path)) == {"notes.txt"}
+
+
+def test_a_second_writer_in_the_same_folder_is_refused(tmp_path):
+    def interrupted():
+        for n, sample in enumerate(numbers(300)):
+            if n == 200:
+                with pytest.raises(RuntimeError, match=rf"process {os.getpid()} on .* is writing"):
+                    write_shards(numbers(3), tmp_path)
+            yield sample
+
+    write_shards(interrupted(), tmp_path, shard_bytes="3kB", block_bytes="500B")
+    assert len(ShardedDataset(tmp_path)) == 300
+    assert not (tmp_path / ".write_shards.lock").exists()
+
+
+def test_without_locks_in_the_file_system_writing_goes_on_with_a_warning(tmp_path, monkeypatch):
+    def unsupported(descriptor, operation):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "flock", unsupported)
+    with pytest.warns(UserWarning, match="this file system has no locks") as caught:
+        write_shards(numbers(3), tmp_path)
+    assert caught[0].filename == __file__
+    assert len(ShardedDataset(tmp_path)) == 3
 
 
 @pytest.mark.parametrize(
@@ -204,6 +279,7 @@ def test_a_writer_killed_at_any_point_leaves_nothing_or_everything(tmp_path):
         child.kill()
         child.join()
         if (folder / "index.json").exists():
+            (folder / ".write_shards.lock").unlink(missing_ok=True)
             assert digest(folder) == expected
             continue
         with pytest.raises((FileNotFoundError, RuntimeError), match="did not finish"):

@@ -143,6 +143,47 @@ def a_nan_reaches_every_rank_and_no_residual():
         assert all(bool(param.grad.isfinite().all()) for param in model.parameters())
 
 
+def squares(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+    return (model(batch[0]) - batch[1]).square().mean()
+
+
+def a_skipped_step_leaves_the_error_feedback_alone():
+    """The bad value is in the last layer's bias, which travels first and uncompressed."""
+    losses = {}
+    for method in (None, Int8()):
+        model = DistributedDataParallel(network(), bucket_cap_mb=0.01)
+        compression = compress(model, method)
+        step = Step(model, torch.optim.SGD(model.parameters(), lr=0.02), squares)
+        generator = own_generator()
+        losses[method] = []
+        for number in range(12):
+            x = torch.randn(8, 40, generator=generator)
+            y = torch.randn(8, 10, generator=generator)
+            if number in (0, 4, 5):
+                x = x * 1e4
+                # The last is finite in every value: only its norm is not.
+                y[0, 0] = {0: float("nan"), 4: float("inf"), 5: 1e22}[number] * (
+                    dist.get_rank() == 0
+                )
+            before = compression.state_dict()["residual"]
+            result = step((x, y))
+            after = compression.state_dict()["residual"]
+            assert bool(result.skipped) == (number in (0, 4, 5)), number
+            if method is None:
+                pass
+            elif number == 0:
+                assert len(after) == 2
+                assert not any(bool(owed.any()) for owed in after.values())
+            else:
+                assert before.keys() == after.keys()
+                for name, owed in after.items():
+                    assert torch.equal(owed, before[name]) == bool(result.skipped), (number, name)
+            if not result.skipped:
+                losses[method].append(float(result.loss))
+        assert same_everywhere(model)
+    assert losses[Int8()] == pytest.approx(losses[None], rel=0.01)
+
+
 def a_saved_state_goes_on_bit_for_bit():
     def fresh():
         model = DistributedDataParallel(network(), bucket_cap_mb=0.01)
@@ -313,6 +354,7 @@ SHAPES = [
     replicas_stay_equal_bit_for_bit,
     bytes_are_counted_at_the_collective,
     a_nan_reaches_every_rank_and_no_residual,
+    a_skipped_step_leaves_the_error_feedback_alone,
     a_saved_state_goes_on_bit_for_bit,
     buckets_do_not_matter,
     another_world_size_takes_the_mean,

@@ -1,3 +1,4 @@
+import atexit
 import os
 import signal
 import subprocess
@@ -51,6 +52,23 @@ def test_results_come_in_rank_order_and_nothing_listens_beyond_loopback():
         assert set(result["listening"]) == {"0100007F"}
         if "OMP_NUM_THREADS" not in os.environ:
             assert result["threads"] == max(1, len(os.sched_getaffinity(0)) // 2)
+
+
+def write_and_leave(folder, fail):
+    atexit.register(Path(folder, str(os.getpid())).touch)
+    sys.stdout.write(f"rank {init().rank} was here; ")
+    if fail:
+        raise KeyError("and failed")
+
+
+def test_a_rank_leaves_without_teardown_but_with_its_output(tmp_path, capfd):
+    """Torch's threads may abort a process whose interpreter is being torn down."""
+    launch(write_and_leave, str(tmp_path), False, nproc=2, device="cpu", timeout=60)
+    with pytest.raises(RuntimeError, match="and failed"):
+        launch(write_and_leave, str(tmp_path), True, nproc=1, device="cpu", timeout=60)
+    assert not list(tmp_path.iterdir())
+    written = capfd.readouterr().out
+    assert [written.count(f"rank {rank} was here") for rank in range(2)] == [2, 1]
 
 
 def raise_on_one():

@@ -96,6 +96,33 @@ def uneven_tokens_equal_one_process():
     compare(batches, shares, token_loss, count=tokens, accumulate=2)
 
 
+def masked_loss(model: nn.Module, batch: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+    x, y, mask = batch
+    return (F.cross_entropy(model(x), y, reduction="none") * mask).sum() / mask.sum()
+
+
+def masked_rows(batch: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+    return batch[2].sum()
+
+
+def masked_batches() -> list[tuple[Tensor, Tensor, Tensor]]:
+    """Rows 0 to 7 and 8 to 11 are masked: all, or half, of a rank's, and all of a piece's."""
+    mask = torch.ones(16)
+    mask[:12] = 0
+    return [(torch.randn(16, 5), torch.randint(4, (16,)), mask) for _ in range(3)]
+
+
+def a_rank_without_items_takes_no_part():
+    batches = masked_batches()
+    shares = [
+        [tuple(one[rows] for one in batch) for rows in (slice(8), slice(8, 16))]
+        for batch in batches
+    ]
+    compare(batches, shares, masked_loss, count=masked_rows)
+    compare(batches, shares, masked_loss, count=lambda batch: int(batch[2].sum()))
+    compare(batches, shares, masked_loss, count=masked_rows, accumulate=2)
+
+
 def accumulation_sends_once():
     sent = []
 
@@ -159,6 +186,7 @@ CHECKS = [
     uneven_rows_equal_one_process,
     accumulation_equals_one_process,
     uneven_tokens_equal_one_process,
+    a_rank_without_items_takes_no_part,
     accumulation_sends_once,
     infinity_on_one_rank_skips_everywhere,
     evaluation_is_the_global_mean,
@@ -189,6 +217,20 @@ def test_without_a_process_group(accumulate):
         assert result.count == 16
     for ours, theirs in zip(model.parameters(), expected.parameters(), strict=True):
         torch.testing.assert_close(ours, theirs, **CLOSE)
+
+
+def test_a_piece_without_items_takes_no_part():
+    batches = masked_batches()
+    expected, _ = one_process(batches, masked_loss, 0.5)
+    model = network()
+    step = Step(model, optimizer(model), masked_loss, accumulate=2, max_norm=0.5, count=masked_rows)
+    for batch in batches:
+        result = step(batch)
+        assert not result.skipped
+        assert result.count == 4
+    for ours, theirs in zip(model.parameters(), expected.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, **CLOSE)
+    assert not any(param._backward_hooks for param in model.parameters())
 
 
 def test_batches_are_cut_in_any_container():

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 import torsh_nas as nas
 from tests.nas.nets import CellNet, generator
+from torsh_nas._measure import torch_threads
 
 
 class Wide(nn.Module):
@@ -132,7 +133,8 @@ def test_file_round_trip(table: nas.LatencyTable, tmp_path: Path) -> None:
         assert getattr(back, name) == getattr(table, name)
     assert back.space.space_id == table.space.space_id
     assert [tuple(x.shape) for x in back.example_inputs("cpu")] == [(64, 64)]
-    back.check(nas.space(Stack()))
+    with torch_threads(1):
+        back.check(nas.space(Stack()))
 
 
 def test_refuses_a_damaged_file(table: nas.LatencyTable, tmp_path: Path) -> None:
@@ -143,6 +145,30 @@ def test_refuses_a_damaged_file(table: nas.LatencyTable, tmp_path: Path) -> None
     path.write_text(json.dumps(document))
     with pytest.raises(ValueError, match="checksum of this torsh_nas"):
         nas.LatencyTable.load(path)
+
+
+def test_an_option_that_changes_its_input_is_refused() -> None:
+    choice = nas.Choice({"relu": nn.ReLU(inplace=True), "skip": nn.Identity()}, label="q")
+    with pytest.raises(ValueError, match="option 'relu' of Choice 'q' changes its input in place"):
+        nas.LatencyTable.build(nn.Sequential(nn.Linear(4, 4), choice), torch.randn(2, 4))
+
+
+def test_refuses_another_number_of_threads(table: nas.LatencyTable) -> None:
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        table.check(table.space)
+        torch.set_num_threads(2)
+        with pytest.raises(
+            ValueError, match=r"measured with 1 threads, torch uses 2 now; call tor"
+        ):
+            table.check(table.space)
+        info = dataclasses.replace(table.device_info, threads=7)
+        other = nas.LatencyTable(table.space, table.costs, device_info=info)
+        with pytest.raises(ValueError, match="measured with 7 threads"):
+            other.check(table.space)
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_refuses_another_space_or_machine(table: nas.LatencyTable) -> None:
@@ -156,7 +182,7 @@ def test_refuses_another_space_or_machine(table: nas.LatencyTable) -> None:
 
     with pytest.raises(ValueError, match="measured on 'Another CPU', this is"):
         elsewhere(name="Another CPU").check(table.space)
-    with pytest.warns(UserWarning, match="measured with torch 2.0"):
+    with torch_threads(1), pytest.warns(UserWarning, match="measured with torch 2.0"):
         elsewhere(torch="2.0").check(table.space)
     if not torch.cuda.is_available():
         with pytest.raises(ValueError, match="this machine has no CUDA device"):

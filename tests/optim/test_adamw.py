@@ -148,6 +148,32 @@ def test_implementation_says_what_runs() -> None:
     assert AdamW([real], fused=False).implementation == "reference"
 
 
+def test_implementation_looks_at_state_and_gradients() -> None:
+    """Loaded float32 moments of 16-bit weights, or moments in another layout, go one by one."""
+
+    class WithoutTriton(AdamW):
+        _implementations = ("cpu-fused", "reference")
+
+    param = torch.nn.Parameter(torch.ones(3, 3, dtype=torch.bfloat16))
+    opt = WithoutTriton([param])
+    assert opt.implementation == "cpu-fused"
+    param.grad = torch.ones_like(param)
+    opt.step()
+    for key in ("exp_avg", "exp_avg_sq"):
+        opt.state[param][key] = opt.state[param][key].float()
+    assert opt.implementation == "reference"
+    with pytest.warns(UserWarning, match="one by one, which is slow: no fused kernel takes bf"):
+        opt.step()
+    for key in ("exp_avg", "exp_avg_sq"):
+        opt.state[param][key] = opt.state[param][key].bfloat16().t()
+    assert opt.implementation == "reference"
+    with pytest.warns(UserWarning, match="its state has another memory layout"):
+        opt.step()
+    opt.state.clear()
+    assert opt.implementation == "cpu-fused"
+    opt.step()
+
+
 def test_repr_shows_the_options() -> None:
     text = repr(AdamW([torch.nn.Parameter(torch.ones(1))], lr=0.25))
     assert text.startswith("AdamW (\nParameter Group 0\n")

@@ -233,6 +233,88 @@ def test_slow_weights_of_another_shape_are_refused() -> None:
         opt.load_state_dict(saved)
 
 
+def test_slow_weights_go_by_name_where_the_wrapped_optimizer_does() -> None:
+    first, second = (torch.nn.Parameter(torch.full((1,), value)) for value in (0.0, 100.0))
+    opt = Lookahead(AdamW([("a", first), ("b", second)]), k=3, pullback="pullback")
+    _run(opt, [first, second], 4)
+    saved = opt.state_dict()
+    turned = Lookahead(AdamW([("b", second), ("a", first)]), k=3)
+    turned.load_state_dict(saved)
+    found = turned.state_dict()["state"]
+    for number, original in ((0, 1), (1, 0)):
+        for key in ("slow", "slow_momentum", "exp_avg"):
+            assert torch.equal(found[number][key], saved["state"][original][key])
+    assert found[0]["slow"].item() > 99
+
+
+def test_slow_weights_go_by_position_where_the_wrapped_optimizer_does() -> None:
+    first, second = (torch.nn.Parameter(torch.full((1,), value)) for value in (0.0, 100.0))
+    saved = Lookahead(torch.optim.SGD([("a", first), ("b", second)], momentum=0.9), k=3)
+    _run(saved, [first, second], 1)
+    turned = Lookahead(torch.optim.SGD([("b", second), ("a", first)], momentum=0.9), k=3)
+    turned.load_state_dict(saved.state_dict())
+    found, expected = turned.state_dict()["state"], saved.state_dict()["state"]
+    for key in ("slow", "momentum_buffer"):
+        assert torch.equal(found[0][key], expected[0][key])
+
+
+def _drop_slow(saved: dict[str, Any]) -> None:
+    del saved["state"][1]["slow"]
+
+
+def _slow(value: Any) -> Callable[[dict[str, Any]], None]:
+    def damage(saved: dict[str, Any]) -> None:
+        saved["state"][1]["slow"] = value
+
+    return damage
+
+
+def _option(key: str, value: Any) -> Callable[[dict[str, Any]], None]:
+    def damage(saved: dict[str, Any]) -> None:
+        saved["param_groups"][0][f"lookahead_{key}"] = value
+
+    return damage
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (_drop_slow, "'slow' of parameter 'b' is missing .* lookahead_step=2"),
+        (_slow([1.0]), "'slow' of parameter 'b' .* is a list, not a tensor"),
+        (_slow(torch.zeros(4, dtype=torch.int64)), "'slow' of parameter 'b' .* is torch.int64"),
+        (_slow(torch.zeros(4, dtype=torch.complex64)), "'slow' of parameter 'b' .* torch.complex"),
+        (_option("k", 0), "lookahead_k=0 must be an integer of at least 1"),
+        (_option("alpha", 1.5), r"lookahead_alpha=1.5 must be in \(0, 1\]"),
+        (_option("alpha", "half"), "lookahead_alpha='half' must be in"),
+        (_option("pullback", "half"), "lookahead_pullback='half' must be 'none'"),
+        (_option("step", -1), "lookahead_step=-1 must be an integer of at least 0"),
+    ],
+)
+@pytest.mark.parametrize("make", [AdamW, torch.optim.SGD])
+def test_damaged_states_are_refused(
+    make: Any, damage: Callable[[dict[str, Any]], None], message: str
+) -> None:
+    params = _params()
+    opt = Lookahead(make([("a", params[0]), ("b", params[1])]), k=4)
+    _run(opt, params, 2)
+    saved = copy.deepcopy(opt.state_dict())
+    damage(saved)
+    before = copy.deepcopy(opt.state_dict())
+    with pytest.raises(ValueError, match=message):
+        opt.load_state_dict(saved)
+    assert opt.state_dict()["param_groups"] == before["param_groups"]  # and nothing was loaded
+
+
+def test_other_names_are_said_once() -> None:
+    params = _params()
+    opt = Lookahead(AdamW([("a", params[0]), ("b", params[1])]))
+    _run(opt, params, 1)
+    other = Lookahead(AdamW([("c", params[0]), ("d", params[1])]))
+    with pytest.warns(UserWarning, match="matched by position") as seen:
+        other.load_state_dict(opt.state_dict())
+    assert len(seen) == 1
+
+
 def test_deepcopy_goes_on_alone() -> None:
     params = _params()
     opt = Lookahead(AdamW(params, lr=0.1), k=3, pullback="pullback")

@@ -96,6 +96,113 @@ def test_tensors_that_move_are_followed(
         _follow(opt, params, twin, copies)
 
 
+def _narrow(param: Tensor) -> None:
+    param.data = param.data[:2]
+
+
+def _turn(param: Tensor) -> None:
+    param.data = param.data.t()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (_narrow, r"state 'exp_avg' has shape \(4, 3\), its parameter \(2, 3\)"),
+        (_turn, r"state 'exp_avg' has shape \(4, 3\), its parameter \(3, 4\)"),
+    ],
+)
+def test_same_address_in_another_form_is_noticed(
+    adamw: type[AdamW], change: Callable[[Tensor], None], message: str
+) -> None:
+    params = _model((4, 3), (5,))
+    opt = adamw(params)
+    opt.step()
+    params[0].grad = None
+    address = params[0].data_ptr()
+    change(params[0])
+    assert params[0].data_ptr() == address
+    params[0].grad = torch.randn_like(params[0])
+    before = params[1].detach().clone()
+    with pytest.raises(RuntimeError, match=message):
+        opt.step()
+    assert torch.equal(params[1], before)
+
+
+@pytest.mark.filterwarnings("ignore:AdamW updates a parameter:UserWarning")  # without Triton
+def test_same_address_in_another_type(adamw: type[AdamW]) -> None:
+    """Zero has the same bits in both 16-bit types, so the second step is as the first."""
+    param = torch.nn.Parameter(torch.zeros(4, dtype=torch.float16))
+    opt = adamw([param], lr=0.1, weight_decay=0)
+    for dtype in (torch.float16, torch.bfloat16):
+        param.data, param.grad = param.data.zero_().view(dtype), None
+        param.grad = torch.ones_like(param)
+        opt.step()
+        # the step is lr, rounded to 8 bits
+        torch.testing.assert_close(param.float(), torch.full((4,), -0.1), atol=5e-4, rtol=0)
+
+
+@pytest.mark.filterwarnings("ignore:.*its state has another memory layout:UserWarning")
+def test_square_parameter_transposed_in_place(adamw: type[AdamW]) -> None:
+    params = _model((6, 6))
+    opt = adamw(params, lr=0.1)
+    twin, copies = _twin(params, lr=0.1)
+    _follow(opt, params, twin, copies)
+    for param in (params[0], copies[0]):
+        param.grad = None
+        param.data = param.data.t()
+    for _ in range(2):
+        params[0].grad = torch.randn(6, 6)
+        _follow(opt, params, twin, copies)
+
+
+@pytest.mark.parametrize("first_step", [True, False])
+@pytest.mark.parametrize("shape", [(16,), (1,), (8, 8), (64, 1)])
+def test_gradient_of_another_shape_is_refused(
+    adamw: type[AdamW], shape: tuple[int, ...], first_step: bool
+) -> None:
+    """Autograd refuses to assign one, but the parameter can be changed under it."""
+    params: list[Tensor] = [torch.nn.Parameter(torch.zeros(shape))]
+    opt = adamw(params)
+    if not first_step:
+        params[0].data = torch.zeros(64)
+        params[0].grad = torch.ones(64)
+        opt.step()
+        params[0].grad, params[0].data = None, params[0].data.new_zeros(shape)
+    params[0].grad = torch.ones(shape)
+    data = torch.zeros(64) if first_step else opt.state[params[0]]["exp_avg"].clone()
+    params[0].data = data
+    with pytest.raises(RuntimeError, match=r"a gradient has shape \(.*\), its parameter \(64,\)"):
+        opt.step()
+    assert torch.equal(params[0], data)
+
+
+def test_gradient_that_changes_shape_under_a_kept_plan(adamw: type[AdamW]) -> None:
+    params = _model((64,))
+    opt = adamw(params)
+    opt.step()
+    assert params[0].grad is not None
+    params[0].grad.data = torch.ones(16)
+    with pytest.raises(RuntimeError, match=r"a gradient has shape \(16,\), its parameter \(64,\)"):
+        opt.step()
+    assert opt.state[params[0]]["step"] == 1
+
+
+def test_autograd_notices_the_step(adamw: type[AdamW]) -> None:
+    """A graph that saved the weights must not be used after they have changed, as with torch."""
+    weight, other = torch.nn.Parameter(torch.ones(3)), torch.nn.Parameter(torch.ones(3))
+    inputs = torch.ones(3, requires_grad=True)
+    opt = adamw([weight, other])
+    for present in (True, False):
+        weight.grad = torch.ones(3)
+        other.grad = torch.ones(3) if present else None
+        loss, unused = (weight * inputs).sum(), (other * inputs).sum()
+        opt.step()
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            loss.backward()
+    unused.backward()  # had no gradient, so it has not changed
+    assert other.grad is not None
+
+
 def test_state_cleared_starts_again(adamw: type[AdamW]) -> None:
     params = _model((3, 4), (5,))
     opt = adamw(params)

@@ -1,3 +1,4 @@
+import gc
 import os
 import platform
 import subprocess
@@ -8,8 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 
-from torsh_quant import _cpu
+from torsh_quant import QuantConv2d, QuantLinear, _cpu
 from torsh_quant._cpu import ConvShape
 
 ROOT = Path(__file__).parents[2]
@@ -114,6 +116,46 @@ def test_packed_copies_follow_their_tensors():
     before = len(_cpu._packs)
     del weight
     assert len(_cpu._packs) == before - 1
+
+
+def test_packed_copies_follow_their_storage():
+    weight, scale = torch.zeros(2), torch.zeros(2)
+    assert _cpu.remembered(weight, scale, "a", lambda: 1) == 1
+    weight.data = torch.ones(2)
+    assert _cpu.remembered(weight, scale, "a", lambda: 2) == 2
+    weight.data.zero_()  # what torch does not count has to be told
+    assert _cpu.remembered(weight, scale, "a", lambda: 3) == 2
+    _cpu.forget(weight)
+    _cpu.forget(weight)
+    assert _cpu.remembered(weight, scale, "a", lambda: 3) == 3
+
+
+def test_nothing_is_kept_for_inference_tensors():
+    with torch.inference_mode():
+        weight, scale = torch.zeros(2), torch.zeros(2)
+        before = len(_cpu._packs)
+        assert [_cpu.remembered(weight, scale, "a", lambda i=i: i) for i in range(2)] == [0, 1]
+        assert len(_cpu._packs) == before
+
+
+@pytest.mark.parametrize("scheme", ["w8a8", "w8a7", "w4a8"])
+@pytest.mark.parametrize("fast", [True, False])
+@pytest.mark.parametrize("kind", ["linear", "conv"])
+def test_packed_copies_go_with_the_layer(kind, fast, scheme, monkeypatch):
+    if not fast:
+        monkeypatch.setattr(_cpu, "linear_kernels", lambda: (_cpu.FLOAT64,))
+        monkeypatch.setattr(_cpu, "conv_kernels", lambda: (_cpu.FLOAT64,))
+    gc.collect()
+    before = len(_cpu._packs)
+    if kind == "linear":
+        layer = QuantLinear.from_float(nn.Linear(64, 8), scheme)
+        layer(torch.randn(2, 64))
+    else:
+        layer = QuantConv2d.from_float(nn.Conv2d(4, 8, 4), scheme)
+        layer(torch.randn(2, 4, 6, 6))
+    del layer
+    gc.collect()
+    assert len(_cpu._packs) == before
 
 
 def test_packing_leaves_the_engine_as_it_was():

@@ -5,7 +5,8 @@ import pytest
 import torch
 from torch import nn
 
-from torsh_quant import QuantConv2d, QuantLinear, quantize
+from torsh_quant import QuantConv2d, QuantLinear, _cpu, quantize
+from torsh_quant._numerics import quantize_rows
 
 SCHEMES = ["w8a8", "w8a16", "w8a16-asym", "w4a16", "w4a16-g16-asym", "w4a8", "w3a16", "w6a7-tensor"]
 CONVS = [
@@ -142,6 +143,78 @@ def test_a_change_of_the_weight_is_seen():
     other.weight.zero_()
     assert torch.equal(other(x), other.bias.expand(5, 20))
     assert not torch.equal(quantized(x), other(x))
+
+
+@pytest.mark.parametrize("scheme", ["w8a8", "w4a8"])
+def test_a_copy_made_in_inference_mode_sees_what_is_loaded(scheme):
+    _, quantized, x = linear(scheme)
+    quantized(x)
+    state = {name: torch.zeros_like(tensor) for name, tensor in quantized.state_dict().items()}
+    with torch.inference_mode():
+        other = copy.deepcopy(quantized)
+        assert torch.equal(other(x), quantized(x))
+        other.load_state_dict(state)
+        assert not other(x).any()
+
+
+def test_loading_renews_what_was_changed_behind_the_versions():
+    _, quantized, x = linear("w8a8")
+    expected, state = quantized(x), copy.deepcopy(quantized.state_dict())
+    quantized.weight.data.zero_()
+    quantized.weight.data.copy_(state["weight"] // 2)
+    version = quantized.weight._version
+    quantized._load_from_state_dict({}, "", {}, False, [], [], [])
+    assert quantized.weight._version == version
+    assert not torch.equal(quantized(x), expected)
+    quantized.load_state_dict(state)
+    assert torch.equal(quantized(x), expected)
+
+
+@pytest.mark.parametrize("bits", [7, 8])
+@pytest.mark.parametrize("kind", ["linear", "conv"])
+def test_a_tie_at_the_top_of_the_range(kind, bits, monkeypatch):
+    found = _cpu.linear_kernels() if kind == "linear" else _cpu.conv_kernels()
+    for kernel in found:
+        monkeypatch.setattr(_cpu, f"{kind}_kernels", lambda kernel=kernel: (kernel,))
+        narrow = min(bits, kernel.act_bits)
+        top, span = 0.5, 2.0**narrow - 2  # a step of 1, and half of it above zero
+        x = top - span * torch.rand(3, 4, 6, 6)
+        x[:, 0, 0, 0], x[:, 3, 4, 4] = top - span, top
+        layer: nn.Linear | nn.Conv2d = nn.Conv2d(4, 8, 3, bias=False)
+        if kind == "linear":
+            layer, x = nn.Linear(144, 8, bias=False), x.flatten(1)
+        nn.init.ones_(layer.weight)
+        quantized = quantize(layer.eval(), f"w8a{bits}")
+        _, scale, _ = quantize_rows(x, narrow)
+        assert (scale == 1).all()
+        # Six deviations of a sum of independent roundings; a tie that wraps is off by 2**bits.
+        limit = 6 * (layer.weight[0].numel() / 12) ** 0.5
+        assert (quantized(x) - layer(x)).abs().max() < limit, kernel
+
+
+def test_linear_input_that_does_not_fit():
+    for scheme in ("w8a8", "w4a16", "w4a8"):
+        quantized = QuantLinear(64, 8, scheme=scheme)
+        for width in (62, 63, 65):
+            with pytest.raises(
+                ValueError, match=rf"x of shape \(2, {width}\) does not fit in_features=64"
+            ):
+                quantized(torch.randn(2, width))
+        with pytest.raises(ValueError, match=r"x of shape \(\).*last dimension must be 64"):
+            quantized(torch.tensor(1.0))
+        for dtype in (torch.int64, torch.uint8, torch.bool, torch.complex64):
+            with pytest.raises(TypeError, match=rf"x is {dtype}; QuantLinear takes.*x\.float\(\)"):
+                quantized(torch.ones(2, 64, dtype=dtype))
+
+
+def test_conv_input_that_does_not_fit():
+    for scheme in ("w8a8", "w4a16"):
+        quantized = QuantConv2d(4, 8, 3, groups=2, scheme=scheme)
+        for shape in ((1, 2, 5, 5), (5, 5, 5), (4, 5), (1, 1, 4, 5, 5)):
+            with pytest.raises(ValueError, match=r"in_channels=4 of QuantConv2d; pass \(batch, 4,"):
+                quantized(torch.randn(shape))
+        with pytest.raises(TypeError, match=r"x is torch.int32; QuantConv2d takes"):
+            quantized(torch.ones(1, 4, 5, 5, dtype=torch.int32))
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])

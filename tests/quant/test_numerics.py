@@ -170,7 +170,8 @@ def test_activation_rows(bits, exponent, seed):
     assert torch.equal(q.double(), torch.round((x / scale).double() - zero_point))
     assert -qmax - 1 <= q.min()
     assert q.max() <= qmax
-    assert zero_point.abs().max() <= qmax  # so zero has an integer
+    assert -qmax <= zero_point.min()  # so zero has an integer
+    assert zero_point.max() <= qmax + 1
     back = (q + zero_point).double() * scale.double()
     assert ((back - x).abs() <= scale.double() * 0.501).all()
     assert (back[1] == 0).all()
@@ -184,6 +185,22 @@ def test_activation_rows_that_are_not_finite_spoil_only_themselves():
     x[0, 1], x[1, 2] = torch.nan, torch.inf
     _, scale, _ = quantize_rows(x, 8)
     assert torch.isfinite(scale).flatten().tolist() == [False, False, True]
+
+
+@pytest.mark.parametrize("bits", range(2, 9))
+def test_a_tie_at_the_top_stays_within_the_bits(bits):
+    qmax = 2 ** (bits - 1) - 1
+    top = torch.arange(2 * qmax) + 0.5
+    x = torch.stack([top, top - 2 * qmax, torch.zeros_like(top)], 1)
+    q, scale, zero_point = quantize_rows(x, bits)
+    assert (x[:, :1] / scale % 2 == 0.5).any()  # half above an even number, as it was meant
+    assert -qmax - 1 <= q.min()
+    assert q.max() <= qmax
+    back = (q + zero_point) * scale
+    assert ((back - x).abs() <= 0.501 * scale).all()
+    out = torch.empty(x.shape, dtype=torch.uint8)
+    low_bytes(x, scale, 2.0 ** (bits - 1) - zero_point, out)
+    assert torch.equal(out.float(), q + 2.0 ** (bits - 1))
 
 
 def test_rounding_is_half_to_even():

@@ -98,6 +98,16 @@ def test_strict_refuses_slow_paths(monkeypatch):
         quantize(mlp(), "w8a8", strict=True)
 
 
+def test_an_error_leaves_a_model_changed_in_place_as_it_was():
+    net = mlp()
+    modules = list(net.modules())
+    with pytest.raises(RuntimeError, match="'2' as w4a16 would run slowly"):
+        quantize(net, "w8a8", overrides={"2": "w4a16"}, strict=True, inplace=True)
+    with pytest.raises(ValueError, match="group_size=48 does not divide in_features=64 of '2'"):
+        quantize(net, "w8a8", overrides={"2": "w4a16-g48"}, inplace=True)
+    assert list(net.modules()) == modules
+
+
 def test_a_shared_layer_stays_shared():
     layer = nn.Linear(8, 8)
     quantized = quantize(nn.Sequential(layer, nn.ReLU(), layer).eval())

@@ -92,6 +92,25 @@ def test_frozen_models_can_be_scored(batches):
     assert all(row.value > 0 for row in found.rows)
 
 
+@pytest.mark.parametrize("score", ["kl", "mse", "grad"])
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("enabled", [True, False])
+def test_a_transformer_encoder_calls_its_layers(score, frozen, enabled):
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(32, 4, 64, batch_first=True)
+    model = nn.TransformerEncoder(layer, 2).eval().requires_grad_(not frozen)
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(enabled)
+    try:
+        found = sensitivity(model, [torch.randn(4, 8, 32)], ["w8a8", "w2a16"], score=score)
+        assert torch.backends.mha.get_fastpath_enabled() is enabled
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
+    assert len(found.layers) == 4
+    for name in found.layers:
+        assert 0 < found.value(name, "w8a8") < found.value(name, "w2a16")
+
+
 class Dictionaries(nn.Module):
     def __init__(self):
         super().__init__()

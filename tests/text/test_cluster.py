@@ -1,6 +1,10 @@
+from itertools import product
+
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from sklearn.datasets import make_blobs
 from sklearn.metrics import silhouette_score, v_measure_score
 
@@ -94,9 +98,63 @@ def test_refuses_what_does_not_fit():
         cluster(x, k=3, method="hdbscan")
     with pytest.raises(ValueError, match=r"expected \(rows, dim\)"):
         cluster(x[0])
+    with pytest.raises(TypeError, match="x is of type list; expected a tensor"):
+        cluster([[1.0, 2.0]])
+    for k, kind in ((2.0, "float"), ("2", "str"), (True, "bool"), (None, "NoneType")):
+        with pytest.raises(TypeError, match=f"is of type {kind}; expected an integer or 'auto'"):
+            cluster(x, k=k)
+    with pytest.raises(ValueError, match=r"x\[0\] is not finite in float32"):
+        cluster(x.double() + 1e300)
     x[3, 1] = float("nan")
     with pytest.raises(ValueError, match=r"x\[3\] is not finite"):
         cluster(x)
+
+
+def _check_no_cluster_is_empty(found):
+    kept = found.labels[found.labels >= 0]
+    assert kept.unique().tolist() == list(range(len(found.centers)))
+    assert found.centers.isfinite().all()
+    assert found.scores.isfinite().all()
+
+
+def _near_duplicates():
+    generator = torch.Generator().manual_seed(0)
+    x = F.normalize(torch.randn(50, 384, generator=generator), dim=1)
+    return torch.cat([x, x + 1e-6 * torch.randn(50, 384, generator=generator)])
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_near_duplicates_leave_no_cluster_empty(method):
+    k = "auto" if method == "hdbscan" else 90
+    found = cluster(_near_duplicates(), k=k, method=method)
+    _check_no_cluster_is_empty(found)
+    assert method == "hdbscan" or len(found.centers) >= 50
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    points=st.lists(st.tuples(*[st.integers(-3, 3)] * 2), min_size=1, max_size=12),
+    k=st.integers(1, 12) | st.just("auto"),
+    method=st.sampled_from(METHODS),
+    power=st.sampled_from([-30, 0, 30]),
+)
+def test_no_cluster_is_empty_and_magnitude_does_not_count(points, k, method, power):
+    x = torch.tensor(points, dtype=torch.float32)
+    k = "auto" if method == "hdbscan" else k
+    found = cluster(x, k=k, method=method)
+    _check_no_cluster_is_empty(found)
+    assert len(found.centers) == found.labels.max() + 1
+    scaled = cluster(x * 10.0**power, k=k, method=method)
+    _check_no_cluster_is_empty(scaled)
+
+
+def test_opposite_ends_of_float32():
+    x, _ = _blobs()
+    for factor, method in product((2.0**120, 2.0**-110), METHODS):
+        found, usual = cluster(x * factor, method=method), cluster(x, method=method)
+        assert torch.equal(found.labels, usual.labels)
+        centers = usual.centers * (1 if method == "spherical" else factor)
+        torch.testing.assert_close(found.centers, centers, rtol=1e-5, atol=0)
 
 
 @pytest.mark.slow

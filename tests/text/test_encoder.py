@@ -9,6 +9,7 @@ from transformers import BertConfig, BertModel
 
 from tests.text.architectures import VOCAB, make_model, make_tokenizer, random_texts
 from torsh_text import Encoder
+from torsh_text._backbone import Dense
 
 
 @pytest.fixture
@@ -39,6 +40,39 @@ def test_equals_the_padded_path(minilm, minilm_path, stsb):
     with pytest.warns(UserWarning, match="were cut"):
         theirs = padded.encode(texts)
     assert (mine - theirs).abs().max() <= 2e-6  # float32 rounding of unit vectors
+
+
+RECORDED = {  # first entries and sum of all 384, from sentence-transformers 6.2 on this MiniLM
+    "A man is eating food.": (
+        [0.033242, 0.004406, -0.006277, 0.048379, -0.138702, -0.033617, 0.101128, -0.054385],
+        0.22649,
+    ),
+    "The stock market fell sharply on Monday.": (
+        [0.045246, -0.01358, 0.06936, 0.037988, -0.017809, 0.021027, -0.061489, 0.050969],
+        0.052838,
+    ),
+    "": (
+        [-0.118838, 0.048299, -0.002548, -0.011011, 0.051951, 0.010292, 0.115433, 0.000701],
+        0.629071,
+    ),
+    "naïve 日本語 🤗": (
+        [-0.029891, 0.058836, 0.100474, -0.04017, -0.04981, 0.003717, 0.177039, -0.037348],
+        0.175544,
+    ),
+    " ".join(["padding"] * 60): (
+        [0.006277, -0.035722, 0.003534, -0.013218, -0.003334, 0.057721, 0.09977, -0.04252],
+        -0.92703,
+    ),
+}
+
+
+def test_equals_recorded_vectors(minilm):
+    found = minilm.encode(list(RECORDED))
+    first = torch.tensor([entries for entries, _ in RECORDED.values()])
+    sums = torch.tensor([total for _, total in RECORDED.values()])
+    assert (found[:, :8] - first).abs().max() <= 3e-6  # rounding of vectors and of the record
+    assert (found.sum(1) - sums).abs().max() <= 2e-5  # of 384 entries
+    assert (found.norm(dim=1) - 1).abs().max() <= 1e-6
 
 
 def test_equals_sentence_transformers(minilm, minilm_path, stsb):
@@ -186,10 +220,85 @@ def test_refuses_items_that_are_no_strings(tiny, bad):
 def test_refuses_options_it_does_not_have(tiny):
     with pytest.raises(ValueError, match="out='list'"):
         tiny.encode(["w5"], out="list")
+    with pytest.raises(ValueError, match="long='trunc' is none of 'truncate', 'error', 'mean'"):
+        tiny.encode(["w5"], long="trunc")
+    for bad in ("many", 50.0, None, True):
+        for call in (tiny.encode, tiny.token_embeddings):
+            with pytest.raises(TypeError, match=r"max_tokens=.* neither 'auto' nor an integer"):
+                call([], max_tokens=bad)
+    with pytest.raises(ValueError, match="max_tokens=0 is not positive"):
+        tiny.encode([], max_tokens=0)
+    for bad in (2.0, "2", True):
+        with pytest.raises(TypeError, match=r"dim=.* is neither None nor an integer"):
+            tiny.encode(["w5"], dim=bad)
     with pytest.raises(ValueError, match="pooling='median'"):
         Encoder(make_model("bert"), make_tokenizer(), pooling="median")
     with pytest.raises(ValueError, match="attn='flash'"):
         Encoder(make_model("bert"), make_tokenizer(), attn="flash")
+
+
+def test_fingerprint_follows_what_versions_do_not_show(tiny):
+    before = tiny.fingerprint
+    optimizer = torch.optim.AdamW(tiny.parameters(), lr=0.1, fused=True)
+    tiny(tiny.pack(["w5 w6"])).sum().backward()
+    optimizer.step()
+    assert tiny.fingerprint != before
+    with torch.no_grad():
+        kept = tiny.fingerprint
+        tiny.backbone.embeddings.word_embeddings.weight.data.mul_(2)
+    assert tiny.fingerprint != kept
+
+
+def test_fingerprint_knows_activations_and_prompts():
+    def fingerprint(activation="Tanh", prompt="w5 "):
+        torch.manual_seed(0)
+        dense = Dense(64, 16, bias=True, activation=activation)
+        options = {"dense": [dense], "prompts": {"p": prompt}, "default_prompt": "p"}
+        return Encoder(make_model("bert"), make_tokenizer(), max_length=40, **options).fingerprint
+
+    assert fingerprint() == fingerprint()
+    assert len({fingerprint(), fingerprint("ReLU"), fingerprint(prompt="w6 ")}) == 3
+
+
+def test_max_length_can_be_set(tiny):
+    (text,) = random_texts([30])
+    tiny.max_length = 10
+    assert "cut after 10 tokens" in tiny.explain()
+    with pytest.warns(UserWarning, match="max_length=10 tokens"):
+        assert tiny.pack([text]).lengths == (10,)
+    for bad, error in ((0, ValueError), (2, ValueError), (513, ValueError), (9.0, TypeError)):
+        with pytest.raises(error, match=f"max_length={bad}"):
+            tiny.max_length = bad
+    assert tiny.max_length == 10
+
+
+def test_max_length_zero_is_refused(minilm_path):
+    with pytest.raises(ValueError, match="max_length=0 leaves no room"):
+        Encoder.from_pretrained(minilm_path, device="cpu", max_length=0)
+
+
+def test_budget_and_check_belong_to_a_device_and_dtype(tiny, monkeypatch):
+    verdicts: dict[object, object] = {}
+    monkeypatch.setattr("torsh_text._selfcheck._verdicts", verdicts)
+    tiny.encode(["w5"])
+    tiny._budgets[tiny.backbone.device, torch.float32].halve(100)
+    assert "at most 50 tokens" in tiny.explain()
+    assert not verdicts  # checked when it was made
+    tiny.to(torch.bfloat16)
+    assert "at most 768 tokens" in tiny.explain()
+    tiny.encode(["w5"])
+    assert len(verdicts) == 1
+    tiny.to(torch.float32)
+    assert "at most 50 tokens" in tiny.explain()
+
+
+@pytest.mark.gpu
+def test_a_model_made_on_the_cpu_is_checked_on_the_gpu(tiny, monkeypatch):
+    verdicts: dict[tuple[object, ...], object] = {}
+    monkeypatch.setattr("torsh_text._selfcheck._verdicts", verdicts)
+    tiny.to("cuda", torch.bfloat16).encode(["w5"])
+    assert [key[2] for key in verdicts] == ["cuda"]
+    assert tiny.attention.name == "varlen"
 
 
 @pytest.mark.parametrize("family", ["bert", "roberta", "llama"])

@@ -8,7 +8,7 @@ from tests.text.architectures import PACKED, PADDED, VOCAB, make_model, make_tok
 from torsh_text import Encoder, PackedBatch
 from torsh_text._attention import ATTENTION, last_states, packed_inputs
 from torsh_text._backbone import first_position
-from torsh_text._selfcheck import adopt_packed_attention, longest_window
+from torsh_text._selfcheck import adopt_packed_attention, longest_window, shallow_copy
 
 
 def _batch(model, lengths=(150, 3, 40, 40, 17)):
@@ -121,6 +121,36 @@ def test_half_precision_weights_are_checked_without_changing_them():
     assert adopt_packed_attention(model, **arguments) is None
     after = model.state_dict()
     assert all(torch.equal(after[key], value) for key, value in before.items())
+
+
+@pytest.mark.parametrize(
+    ("family", "layers", "kept"),
+    [("bert", 5, 2), ("modernbert", 7, 2), ("gemma3_text", 8, 6), ("gpt2", 4, 2), ("albert", 1, 1)],
+)
+def test_half_precision_is_checked_on_a_few_layers(family, layers, kept):
+    key = "n_layer" if family == "gpt2" else "num_hidden_layers"
+    model = make_model(family, **{key: layers}).to(torch.bfloat16)
+    random = torch.get_rng_state()
+    small = shallow_copy(model)
+    assert torch.equal(torch.get_rng_state(), random)
+    assert small.config.num_hidden_layers == kept
+    assert model.config.num_hidden_layers == layers
+    assert small.dtype == torch.float32
+    weights = model.state_dict()
+    assert all(torch.equal(weights[name].float(), w) for name, w in small.state_dict().items())
+
+
+def test_no_memory_for_the_check_means_padding(monkeypatch):
+    def full(backbone):
+        raise torch.OutOfMemoryError("nothing left")
+
+    verdicts: dict[object, object] = {}
+    monkeypatch.setattr("torsh_text._selfcheck._verdicts", verdicts)
+    monkeypatch.setattr("torsh_text._selfcheck.shallow_copy", full)
+    model = make_model("bert").to(torch.bfloat16)
+    with pytest.warns(UserWarning, match="runs padded.*memory ran out"):
+        Encoder(model, make_tokenizer(), max_length=64)
+    assert not verdicts  # there may be memory later
 
 
 @pytest.mark.gpu

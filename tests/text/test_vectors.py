@@ -1,26 +1,44 @@
 import hashlib
-import json
 
+import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
-from torsh_text._vectors import save_vectors
+from torsh_text._vectors import check_target, save_vectors
 
 
-def test_vectors_and_their_description(tmp_path):
+def test_vectors_and_their_description_are_one_file(tmp_path):
     path = tmp_path / "x.safetensors"
+    other = tmp_path / "x.json"
+    other.write_text("mine")
     vectors = torch.randn(3, 4)
-    save_vectors(path, vectors.T.contiguous().T, model="m", fingerprint="f", texts=3)
+    save_vectors(path, vectors.T.contiguous().T, model="m", fingerprint="f")
     assert torch.equal(load_file(path)["vectors"], vectors)
-    found = json.loads((tmp_path / "x.json").read_text())
-    digest = hashlib.blake2b(path.read_bytes(), digest_size=16).hexdigest()
+    with safe_open(path, framework="pt") as file:
+        found = file.metadata()
     assert found == {
         "format": "torsh-text-vectors",
-        "version": 1,
+        "version": "1",
         "model": "m",
         "fingerprint": "f",
-        "texts": 3,
-        "dim": 4,
-        "blake2b": digest,
+        "blake2b": hashlib.blake2b(vectors.numpy().tobytes(), digest_size=16).hexdigest(),
     }
+    assert other.read_text() == "mine"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["x.json", "x.safetensors"]
+
+
+def test_only_vectors_are_replaced(tmp_path):
+    source, target = tmp_path / "texts.txt", tmp_path / "x.safetensors"
+    source.write_text("a text")
+    check_target(target, source)
+    save_vectors(target, torch.randn(3, 4), model="m", fingerprint="f")
+    check_target(target, source)
+    save_file({"weight": torch.zeros(2)}, target)
+    with pytest.raises(ValueError, match=r"x\.safetensors' exists and is no file of vectors"):
+        check_target(target, source)
+    link = tmp_path / "link.safetensors"
+    link.symlink_to(source)
+    for same in (source, link):
+        with pytest.raises(ValueError, match="is the file of the texts"):
+            check_target(same, source)

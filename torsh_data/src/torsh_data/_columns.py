@@ -151,13 +151,21 @@ def getter(field: pa.Field, array: pa.Array) -> tuple[Getter, Array | None]:
     Slices the offset buffer by hand: `Array.take` and `as_py` cost ten times as much per row.
     """
     kind = field.type
+    if collated_kind(field) is torch.Tensor:
+        is_row = pa.types.is_fixed_size_list(kind)
+        shape = (kind.list_size,) if is_row else tuple(kind.shape)
+        dtype = None if is_row else _tensor_dtype(field)
+        storage = array if is_row else array.storage
+        if storage.flatten().null_count:
+            raise ValueError(
+                f"column {field.name!r} has nulls inside its rows, and a tensor has none; leave "
+                "the column out with columns="
+            )
+        if array.null_count:
+            return _sparse_getter(storage, shape, dtype), None
+        return _tensor_getter(storage, shape, dtype)
     if array.null_count:
         return (lambda row: array[row].as_py()), None
-    if isinstance(kind, pa.FixedShapeTensorType) and kind.permutation is None:
-        return _tensor_getter(array.storage, tuple(kind.shape), _tensor_dtype(field))
-    is_row = pa.types.is_fixed_size_list(kind) and kind.list_size > 0
-    if is_row and _is_plain_number(kind.value_type):
-        return _tensor_getter(array, (kind.list_size,), None)
     if _is_plain_number(kind):
         return _number_getter(array), None
     wide = pa.types.is_large_string(kind) or pa.types.is_large_binary(kind)
@@ -165,6 +173,21 @@ def getter(field: pa.Field, array: pa.Array) -> tuple[Getter, Array | None]:
         is_text = pa.types.is_string(kind) or pa.types.is_large_string(kind)
         return _bytes_getter(array, "q" if wide else "i", is_text), None
     return (lambda row: array[row].as_py()), None
+
+
+def collated_kind(field: pa.Field) -> torch.dtype | type[torch.Tensor] | None:
+    """What a batch of a column is: a tensor of that dtype, stacked tensors, or None for a list."""
+    kind = field.type
+    if pa.types.is_boolean(kind):
+        return torch.bool
+    if pa.types.is_integer(kind):
+        return torch.int64
+    if pa.types.is_floating(kind):
+        return torch.float64
+    if isinstance(kind, pa.FixedShapeTensorType):
+        return torch.Tensor if kind.permutation is None else None
+    is_row = pa.types.is_fixed_size_list(kind) and kind.list_size > 0
+    return torch.Tensor if is_row and _is_plain_number(kind.value_type) else None
 
 
 def _is_plain_number(kind: pa.DataType) -> bool:
@@ -182,6 +205,13 @@ def _bytes_getter(array: pa.Array, code: Literal["i", "q"], is_text: bool) -> Ge
     if is_text:
         return lambda row: str(data[offsets[row] : offsets[row + 1]], "utf-8")
     return lambda row: bytes(data[offsets[row] : offsets[row + 1]])
+
+
+def _sparse_getter(storage: pa.Array, shape: tuple[int, ...], dtype: torch.dtype | None) -> Getter:
+    valid = storage.is_valid().to_numpy(zero_copy_only=False)
+    places = np.cumsum(valid) - 1  # flatten() leaves the null rows out
+    get, _ = _tensor_getter(storage.drop_null(), shape, dtype)
+    return lambda row: get(int(places[row])) if valid[row] else None
 
 
 def _tensor_getter(

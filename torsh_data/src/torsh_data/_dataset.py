@@ -15,7 +15,7 @@ import torch
 import xxhash
 from torch.utils.data import Dataset
 
-from torsh_data._columns import Array, Getter, Value, getter
+from torsh_data._columns import Array, Getter, Value, collated_kind, getter
 from torsh_data._index import INDEX_NAME, read_index
 from torsh_data._order import Ids
 from torsh_data._rng import generator, sample_keys, stream
@@ -151,10 +151,15 @@ class ShardedDataset(Dataset[Any]):
         """Several samples column by column, without the transform.
 
         What `default_collate` makes of such samples, without making the samples: numbers become a
-        tensor `(n,)`, tensors are stacked to `(n, ...)`, all else comes as a list of `n`.
+        tensor `(n,)` of int64, float64 or bool, tensors are stacked to `(n, ...)`, all else comes
+        as a list of `n`. Which of these a column becomes depends on its type alone.
 
         Args:
             ids: `n` sample ids.
+
+        Raises:
+            ValueError: If a column of numbers or tensors has a null in one of these rows, or a
+                number beyond int64. Samples read one by one hold None, for a transform to replace.
         """
         places = self._places(self._valid(ids))
         batch: dict[str, Any] = {}
@@ -168,15 +173,17 @@ class ShardedDataset(Dataset[Any]):
                 batch[name] = torch.from_numpy(stacked)
                 continue
             values = [block[0][c](row) for block, row in places]
-            kind = type(values[0]) if values else None
-            if kind is torch.Tensor:
-                batch[name] = torch.stack(values)
-            elif kind is float:
-                batch[name] = torch.tensor(values, dtype=torch.float64)
-            elif kind in (int, bool):
-                batch[name] = torch.tensor(values)
-            else:
+            kind = collated_kind(self._fields[c])
+            if kind is None:
                 batch[name] = values
+                continue
+            try:
+                if isinstance(kind, torch.dtype):
+                    batch[name] = torch.tensor(values, dtype=kind)
+                else:
+                    batch[name] = torch.stack(values)
+            except (TypeError, RuntimeError, ValueError) as error:
+                raise _explain(name, self._valid(ids), values) from error
         return batch
 
     def check(self) -> Iterator[tuple[str, Damage | None]]:
@@ -232,9 +239,9 @@ class ShardedDataset(Dataset[Any]):
             return known
         self._verify(number)
         shard, block = self._locate(number)
-        batch = shard.read(block)
+        batch = shard.read(block).select(self.columns)
         getters = [getter(field, batch.column(field.name)) for field in self._fields]
-        in_memory = batch.nbytes if shard.in_memory else 0
+        in_memory = shard.decoded_bytes(batch)
         opened = ([get for get, _ in getters], [rows for _, rows in getters], in_memory)
         self._open_blocks[number] = opened
         self._decoded_bytes += in_memory
@@ -244,6 +251,21 @@ class ShardedDataset(Dataset[Any]):
             _, (_, _, freed) = self._open_blocks.popitem(last=False)
             self._decoded_bytes -= freed
         return opened
+
+
+def _explain(name: str, ids: Ids, values: list[Value]) -> ValueError:
+    for number, value in zip(ids.tolist(), values, strict=True):
+        if value is None:
+            return ValueError(
+                f"column {name!r} has a null in sample {number}, and a tensor has none; leave the "
+                "column out with columns=, or give a transform that replaces None"
+            )
+        if isinstance(value, int) and not -(2**63) <= value < 2**63:
+            return ValueError(
+                f"column {name!r} holds {value} in sample {number}, beyond int64; leave the column "
+                "out with columns=, or give a transform that converts it"
+            )
+    return ValueError(f"column {name!r} cannot become a tensor")
 
 
 def _takes_two(transform: Transform) -> bool:

@@ -15,6 +15,7 @@ from typing import Any
 import xxhash
 
 INDEX_NAME = "index.json"
+MARK = b"torsh.shard"  # in the schema's metadata: a shard that needs an index beside it
 FORMAT = "torsh-shards"
 VERSION = 1
 

@@ -9,7 +9,15 @@ from typing import Any, Literal, TypeAlias, cast
 import numpy as np
 import torch
 import xxhash
-from torch.utils.data import DataLoader, Dataset, Sampler, default_collate, get_worker_info
+from torch.utils.data import (
+    ConcatDataset,
+    DataLoader,
+    Dataset,
+    Sampler,
+    Subset,
+    default_collate,
+    get_worker_info,
+)
 
 from torsh_data._dataset import ShardedDataset
 from torsh_data._order import CHUNK, Ids, Order
@@ -203,7 +211,11 @@ class StreamLoader:
                 ranks and batch size may differ.
 
         Raises:
-            ValueError: If the state is of another data set, seed, window or version.
+            ValueError: If the state is of another data set, seed, window or version. A data set is
+                known by its `fingerprint` (`ShardedDataset`, `datasets.Dataset`), a `Subset` by its
+                indices too and a `ConcatDataset` by its parts; any other only by its class and
+                length, so other contents of the same length pass unless it has an attribute
+                `fingerprint`, a str that changes with them.
         """
         own = self.state_dict()
         missing = [name for name in own if name not in state_dict]
@@ -224,6 +236,8 @@ class StreamLoader:
         for name, value in (("epoch", epoch), ("position", position)):
             if not isinstance(value, int) or value < 0:
                 raise ValueError(f"state_dict has {name}={value!r}, not a place in a stream")
+        if int(position) > self._rows:
+            raise ValueError(f"state_dict has position={position}, beyond {self._rows} samples")
         self._move(int(epoch), int(position))
 
     def set_epoch(self, epoch: int) -> None:
@@ -264,7 +278,7 @@ class StreamLoader:
         """Global batches from a position to the end of the epoch."""
         step, _ = self._steps()
         left = self._rows - position
-        return left // step if self.drop_last is True else max(0, -(-left // step))
+        return max(0, left // step if self.drop_last is True else -(-left // step))
 
     def __iter__(self) -> Iterator[Batch]:
         if self._left_midway:
@@ -291,6 +305,8 @@ class StreamLoader:
             generator=torch.Generator().manual_seed(fold(self._order.seed, epoch) >> 1),
         )
         last = len(requests)
+        if not last and self._running is me:  # the other ranks share the few samples that are left
+            self._move(epoch + 1, 0)
         for number, received in enumerate(batches, 1):
             batch = unpack(received) if isinstance(received, Parcel) else received
             if self._running is me:
@@ -339,7 +355,16 @@ def _fingerprint(dataset: Dataset[Any], rows: int) -> str:
         known = getattr(dataset, name, None)
         if isinstance(known, str):
             return known
-    return xxhash.xxh3_128_hexdigest(f"{type(dataset).__name__}:{rows}".encode())
+    digest = xxhash.xxh3_128(f"{type(dataset).__name__}:{rows}".encode())
+    if isinstance(dataset, Subset):
+        indices = np.asarray(dataset.indices)
+        plain = indices.astype(np.int64).tobytes() if indices.dtype.kind in "iu" else None
+        digest.update(repr(list(dataset.indices)).encode() if plain is None else plain)
+        digest.update(_fingerprint(dataset.dataset, len(cast("Any", dataset.dataset))).encode())
+    elif isinstance(dataset, ConcatDataset):
+        for part in dataset.datasets:
+            digest.update(_fingerprint(part, len(cast("Any", part))).encode())
+    return digest.hexdigest()
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,7 @@ from typing import Literal
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from torsh_data._index import INDEX_NAME, ShardEntry, hash_bytes, read_index
-from torsh_data._writer import MARK
+from torsh_data._index import INDEX_NAME, MARK, ShardEntry, hash_bytes, read_index
 
 Verify = Literal["first_read", "always", "never"]
 
@@ -42,8 +41,6 @@ class Shard(ABC):
     nbytes: int
     identity: str
     """What the data set's fingerprint knows of this file."""
-    in_memory: bool
-    """True where a block is decoded to memory instead of being used in the mapped file."""
 
     @property
     def blocks(self) -> int:
@@ -56,6 +53,10 @@ class Shard(ABC):
     @abstractmethod
     def read(self, block: int) -> pa.RecordBatch:
         """One block, without checking it."""
+
+    @abstractmethod
+    def decoded_bytes(self, batch: pa.RecordBatch) -> int:
+        """How much of a block lies in memory of its own instead of the mapped file."""
 
     def damage(self, block: int) -> Damage | None:
         """What is wrong with a block (`blocks` stands for the footer); None if nothing can be."""
@@ -70,7 +71,6 @@ class IndexedShard(Shard):
     path: str
     entry: ShardEntry
     verify: Verify
-    in_memory: bool = False
     _mapped: "_MappedArrow | None" = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
@@ -121,6 +121,9 @@ class IndexedShard(Shard):
     def read(self, block: int) -> pa.RecordBatch:
         return self._open().reader.get_batch(block)
 
+    def decoded_bytes(self, batch: pa.RecordBatch) -> int:
+        return self._open().bytes_outside(batch)
+
     def damage(self, block: int) -> Damage | None:
         mapped = self._mapped.mapped if self._mapped is not None else _map(self.path)
         return self._compare(mapped, block)
@@ -134,7 +137,6 @@ class ArrowShard(Shard):
     """An Arrow IPC file from elsewhere: record batches are its blocks, there are no checksums."""
 
     path: str
-    in_memory: bool = False
     _mapped: "_MappedArrow | None" = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
@@ -158,6 +160,9 @@ class ArrowShard(Shard):
         batch.validate()
         return batch
 
+    def decoded_bytes(self, batch: pa.RecordBatch) -> int:
+        return self._open().bytes_outside(batch)
+
     def __getstate__(self) -> dict[str, object]:
         return {**self.__dict__, "_mapped": None}
 
@@ -167,7 +172,6 @@ class ParquetShard(Shard):
     """A Parquet file: row groups are its blocks, decoded when they are read."""
 
     path: str
-    in_memory: bool = True
     _file: "pq.ParquetFile | None" = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
@@ -190,6 +194,9 @@ class ParquetShard(Shard):
         table = self._open().read_row_group(self._block_numbers[block], use_threads=False)
         return table.combine_chunks().to_batches()[0]
 
+    def decoded_bytes(self, batch: pa.RecordBatch) -> int:
+        return batch.nbytes
+
     def __getstate__(self) -> dict[str, object]:
         return {**self.__dict__, "_file": None}
 
@@ -199,10 +206,21 @@ class _MappedArrow:
 
     def __init__(self, mapped: mmap.mmap, path: str) -> None:
         self.mapped = mapped
+        whole = pa.py_buffer(mapped)
+        self._begin, self._end = whole.address, whole.address + whole.size
         try:
-            self.reader = pa.ipc.open_file(pa.py_buffer(mapped))
+            self.reader = pa.ipc.open_file(whole)
         except pa.ArrowInvalid as error:
             raise RuntimeError(f"{path} is not a readable Arrow IPC file: {error}") from error
+
+    def bytes_outside(self, batch: pa.RecordBatch) -> int:
+        """Bytes of a batch that are not slices of the mapping: what had to be decompressed."""
+        buffers = (buffer for column in batch.columns for buffer in column.buffers())
+        return sum(
+            buffer.size
+            for buffer in buffers
+            if buffer is not None and not self._begin <= buffer.address < self._end
+        )
 
 
 def _map(path: str) -> mmap.mmap:
@@ -212,17 +230,15 @@ def _map(path: str) -> mmap.mmap:
 
 def open_shards(paths: Sequence[Path], verify: Verify) -> list[Shard]:
     """The shards at `paths`; those of `write_shards` through the index beside them."""
-    entries: dict[Path, tuple[ShardEntry, bool]] = {}
+    entries: dict[Path, ShardEntry] = {}
     shards: list[Shard] = []
     for folder in dict.fromkeys(path.parent for path in paths):
         if (folder / INDEX_NAME).exists():
             index = read_index(folder / INDEX_NAME)
-            compressed = index.compression is not None
-            entries |= {folder / entry.name: (entry, compressed) for entry in index.shards}
+            entries |= {folder / entry.name: entry for entry in index.shards}
     for path in paths:
         if path in entries:
-            entry, compressed = entries[path]
-            shards.append(IndexedShard(str(path), entry, verify, in_memory=compressed))
+            shards.append(IndexedShard(str(path), entries[path], verify))
         elif path.suffix == ".parquet":
             shards.append(ParquetShard(str(path)))
         else:

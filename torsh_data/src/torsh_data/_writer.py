@@ -1,9 +1,7 @@
 """Writing a data set as Arrow shards that are checked block by block."""
 
-import logging
 import mmap
 import os
-import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -11,15 +9,11 @@ from typing import Any, Literal, cast
 import numpy as np
 import pyarrow as pa
 
+from torsh_data._claim import claim, refuse_finished
 from torsh_data._columns import encode, infer_schema
-from torsh_data._index import INDEX_NAME, Index, ShardEntry, hash_bytes, publish, write_index
+from torsh_data._index import MARK, Index, ShardEntry, hash_bytes, publish, write_index
 from torsh_data._order import Order
 from torsh_data._sizes import parse_bytes
-
-logger = logging.getLogger(__name__)
-
-MARK = b"torsh.shard"  # in the schema's metadata: a shard that needs an index beside it
-_LEFTOVER = re.compile(r"shard-\d{5,}\.arrow|\.(shard-\d{5,}\.arrow|index\.json)\.tmp")
 
 
 def write_shards(
@@ -36,8 +30,9 @@ def write_shards(
 
     The same samples give the same bytes. Each shard gets its final name once it is complete and on
     disk, and the index comes last: a writer that is killed leaves a folder that nothing mistakes
-    for a data set, and running it again starts over. The shards are plain Arrow IPC files that any
-    Arrow program reads.
+    for a data set, and running it again starts over; one that fails takes back what it wrote. Only
+    one writer works in a folder at a time. The shards are plain Arrow IPC files that any Arrow
+    program reads.
 
     Args:
         samples: Mappings with the same keys. A value is a tensor or array (same dtype and shape in
@@ -54,7 +49,10 @@ def write_shards(
         shuffle_seed: Write the samples in a random order; `samples` must then be a sequence.
 
     Raises:
-        ValueError: If there are no samples, shapes or columns differ, or `out` is in use.
+        FileExistsError: If `out` has files named like shards that no unfinished writer left there.
+        RuntimeError: If another process is writing to `out`.
+        ValueError: If there are no samples, shapes or columns differ, or `out` holds a finished
+            data set.
         TypeError: If a value's type has no column type.
 
     Example:
@@ -76,10 +74,7 @@ def write_shards(
     if compression not in (None, "lz4", "zstd"):
         raise ValueError(f"compression={compression!r}; use None, 'lz4' or 'zstd'")
     folder = Path(out)
-    if (folder / INDEX_NAME).exists():
-        raise ValueError(
-            f"out={str(out)!r} holds a finished data set; remove it or write elsewhere"
-        )
+    refuse_finished(folder)
     stream = iter(samples if shuffle_seed is None else _shuffled(samples, shuffle_seed))
     first = next(stream, None)
     if first is None:
@@ -87,24 +82,21 @@ def write_shards(
     _check_columns(first, None if schema is None else list(schema.names), 0)
     schema = infer_schema(first) if schema is None else schema
 
-    folder.mkdir(parents=True, exist_ok=True)
-    for path in folder.iterdir():
-        if _LEFTOVER.fullmatch(path.name):
-            logger.info("removing %s, left by a writer that did not finish", path)
-            path.unlink()
     marked = schema.with_metadata({**(schema.metadata or {}), MARK: b"1"})
     options = pa.ipc.IpcWriteOptions(compression=compression)
-    shards: list[ShardEntry] = []
-    shard = _OpenShard(folder, 0, marked, options)
-    for block in _blocks(first, stream, marked, block_limit):
-        if shard.rows and shard.size + block.nbytes > shard_limit:
-            shards.append(shard.finish())
-            shard = _OpenShard(folder, len(shards), marked, options)
-        shard.append(block)
-    shards.append(shard.finish())
-    rows, size = sum(s.rows for s in shards), sum(s.bytes for s in shards)
-    columns = {field.name: str(field.type) for field in schema}
-    write_index(folder, Index(rows, size, columns, compression, shards))
+    folder.mkdir(parents=True, exist_ok=True)
+    with claim(folder):
+        shards: list[ShardEntry] = []
+        shard = _OpenShard(folder, 0, marked, options)
+        for block in _blocks(first, stream, marked, block_limit):
+            if shard.rows and shard.size + block.nbytes > shard_limit:
+                shards.append(shard.finish())
+                shard = _OpenShard(folder, len(shards), marked, options)
+            shard.append(block)
+        shards.append(shard.finish())
+        rows, size = sum(s.rows for s in shards), sum(s.bytes for s in shards)
+        columns = {field.name: str(field.type) for field in schema}
+        write_index(folder, Index(rows, size, columns, compression, shards))
 
 
 def _shuffled(samples: Iterable[Mapping[str, Any]], seed: int) -> Iterator[Mapping[str, Any]]:

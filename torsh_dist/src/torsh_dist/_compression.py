@@ -72,7 +72,10 @@ class Compression:
         self._codec = _int8_codec(lane.device) if lane and isinstance(method, Int8) else None
         # Per parameter the stretches of the residuals below, or one loaded before its bucket came.
         self._owed: dict[str, list[Tensor]] = {}
-        self._plans: dict[int, tuple[tuple[int, ...], bool, Layout, Tensor]] = {}
+        self._plans: dict[int, tuple[tuple[int, ...], bool, Layout, Tensor, Tensor]] = {}
+        # Of the backward pass under way: residuals with their copies from before, and the norm.
+        self._undo: list[tuple[Tensor, Tensor]] = []
+        self._norm = torch.zeros(())
         self._workspace = torch.empty(0, dtype=torch.uint8)
         self._steps = 0
         self._bytes_uncompressed = 0.0
@@ -184,7 +187,7 @@ class Compression:
             self._steps += 1
         share = 2 * (lane.world_size - 1) / lane.world_size
         self._bytes_uncompressed += share * buffer.numel() * buffer.element_size()
-        job = partial(self._average, lane, index, params, warm, buffer)
+        job = partial(self._average, lane, index, params, warm, bucket.is_last(), buffer)
         return lane.submit(f"the average of gradient bucket {index}", job)
 
     def _average(
@@ -193,13 +196,18 @@ class Compression:
         index: int,
         params: tuple[Tensor, ...],
         warm: bool,
+        last: bool,
         bucket: Tensor,
     ) -> Tensor:
         """Run both phases for one bucket; runs on the lane."""
-        layout, residual = self._plan(index, params, warm, bucket)
+        layout, residual, before = self._plan(index, params, warm, bucket)
         sent, received = self._rows(layout)
+        if index == 0:
+            self._undo.clear()
+            self._norm = torch.zeros((), device=bucket.device)
         if layout.groups:
             assert self._codec is not None
+            self._undo.append((residual, before.copy_(residual)))
             self._codec.encode(bucket, residual, sent, layout, lane.rank)
         for section in layout.plain:
             _codec.pack(bucket, sent, section)
@@ -215,12 +223,35 @@ class Compression:
             self._codec.decode(bucket, sent, layout)
         for section in layout.plain:
             _codec.unpack(bucket, sent, section)
+        if self._codec is not None:
+            self._settle(bucket, last)
         return bucket
+
+    def _settle(self, bucket: Tensor, last: bool) -> None:
+        """Take back what a backward pass did to the residuals if its average is not finite.
+
+        Such an update is discarded, so the debts paid in it were not paid and the rounding errors
+        are of a gradient that nobody applied. All ranks see the same average and decide alike.
+        The norm, not each value: that of finite gradients may overflow, and `Step` skips it too.
+        """
+        wide = torch.promote_types(bucket.dtype, torch.float32)
+        norm = torch.linalg.vector_norm(bucket, dtype=wide).to(torch.float32)
+        self._norm = torch.linalg.vector_norm(torch.stack([self._norm, norm]))
+        if not last:
+            return
+        finite = self._norm.isfinite()
+        # Elsewhere the host would have to wait for the flag.
+        if not (finite.is_cpu and finite):
+            for residual, before in self._undo:
+                torch.where(finite, residual, before, out=residual)
 
     def _plan(
         self, index: int, params: tuple[Tensor, ...], warm: bool, bucket: Tensor
-    ) -> tuple[Layout, Tensor]:
-        """Return the bucket's layout and residual, made anew when DDP has rebuilt its buckets."""
+    ) -> tuple[Layout, Tensor, Tensor]:
+        """Return the bucket's layout, its residual and the space for a copy of that.
+
+        They are made anew when DDP has rebuilt its buckets.
+        """
         key = tuple(map(id, params))
         known = self._plans.get(index)
         if known is not None and known[:2] == (key, warm):
@@ -238,8 +269,9 @@ class Compression:
             if run.name in self._owed:
                 _fill(pieces, torch.cat(self._owed[run.name]))
             self._owed[run.name] = pieces
-        self._plans[index] = (key, warm, layout, residual)
-        return layout, residual
+        before = torch.empty_like(residual)
+        self._plans[index] = (key, warm, layout, residual, before)
+        return layout, residual, before
 
     def _travels_as(self, param: Tensor, warm: bool) -> torch.dtype:
         dtype = param.dtype
@@ -277,8 +309,10 @@ def compress(
     seldom, between GPUs of one machine no. Call it on every rank alike, after wrapping the model
     and before the first backward. Each bucket is averaged in two phases, all-to-all and
     all-gather, on a lane of its own beside the backward pass; all ranks decode the same bytes, so
-    their replicas stay equal bit for bit. A NaN or an infinity arrives as NaN on every rank and
-    leaves no trace in the error feedback; :class:`Step` skips such an update.
+    their replicas stay equal bit for bit. A NaN or an infinity arrives as NaN or infinity on every
+    rank. If the norm of the averaged gradient is not finite, the error feedback is put back to
+    what it was before that backward pass; :class:`Step` skips such an update, and a loop of your
+    own should too. ``Int8`` keeps 8 bytes per compressed value for this: two fp32 buffers.
 
     With one process or ``method=None`` nothing is changed, and the log says so.
 

@@ -3,10 +3,12 @@
 import os
 import pickle
 import signal
+import sys
 import threading
 import time
 import traceback
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
@@ -46,7 +48,8 @@ def launch(
     For notebooks, tests and trying things out; ``torchrun`` starts the same functions on many
     machines. Every process has called :func:`init` when ``fn`` starts (a call inside ``fn``
     returns the same context), sees its neighbours through the loopback interface only, and is
-    gone when this function returns or raises, or when the calling process dies.
+    gone when this function returns or raises, or when the calling process dies. It leaves without
+    running ``atexit`` handlers, so close in ``fn`` what must be closed.
 
     The processes are spawned: ``fn`` must sit at the top level of a module, and a script must
     call ``launch`` under ``if __name__ == "__main__":``. Starting takes some seconds, most of
@@ -154,9 +157,13 @@ def _rank_main(
         outcome = _Outcome(rank, time.monotonic(), value=value)
     except BaseException:
         outcome = _Outcome(rank, time.monotonic(), failure=traceback.format_exc())
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(AttributeError, OSError, ValueError):  # none, broken or closed
+            stream.flush()
     pipe.send(outcome)
-    if outcome.failure:
-        os._exit(1)  # a lane or a watchdog may be stuck in a collective; the traceback is away
+    # The outcome is away. After a failure a lane or a watchdog may be stuck in a collective, and
+    # after a success torch's threads may abort the process while the interpreter is torn down.
+    os._exit(1 if outcome.failure else 0)
 
 
 def _die_with_parent(pipe: Connection) -> None:

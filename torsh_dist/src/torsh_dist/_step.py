@@ -1,7 +1,7 @@
 """One update of a training loop, right at any number of processes."""
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -56,7 +56,10 @@ class Step:
         scheduler: advanced once per call.
         count: ``count(batch)`` returns how many items the mean of ``loss_fn`` is over, as a number
             or a 0-d tensor: the tokens that are not padding, say. By default the rows: the first
-            dimension of the first tensor in the batch.
+            dimension of the first tensor in the batch. A piece with none brings in nothing,
+            whatever its loss, when the count is a number or on the CPU. A count on CUDA is not
+            read, so there the loss must have a finite gradient at none: divide by
+            ``count.clamp(min=1)``. ``F.cross_entropy`` with its ``ignore_index`` has one.
 
     Raises:
         ValueError: an argument is out of range, or the optimizer holds parameters the model lacks.
@@ -132,12 +135,17 @@ class Step:
         """
         self.optimizer.zero_grad(set_to_none=True)
         pieces = _cut(batch, self.accumulate)
-        counts = [self._as_count(self._count(piece)) for piece in pieces]
+        given = [self._count(piece) for piece in pieces]
+        counts = [self._as_count(count) for count in given]
         total, pending = self._sum(torch.stack(counts).sum(), wait=False)
         loss = torch.zeros_like(total)
         for number, (piece, count) in enumerate(zip(pieces, counts, strict=True)):
             last = number == len(pieces) - 1
-            with nullcontext() if last else no_sync(self.model):
+            none = _is_known_zero(given[number])
+            with (
+                nullcontext() if last else no_sync(self.model),
+                _zero_gradients(self.model) if none else nullcontext(),
+            ):
                 mean = self._loss_fn(self.model, piece)
                 if pending is not None:
                     pending.wait()
@@ -145,7 +153,8 @@ class Step:
                 share = _share(count, total)
                 # DDP divides by the number of ranks, so each brings in its share that many times.
                 scale = share if self._group is None else share * dist.get_world_size(self._group)
-                some = torch.where(count > 0, mean, 0.0)  # the mean over nothing is NaN
+                # The mean over nothing is NaN. This masks the value; its gradient may be 0 / 0.
+                some = torch.where(count > 0, mean, 0.0)
                 (some * scale.to(mean.dtype)).backward()
                 loss += some.detach() * share
         loss, _ = self._sum(loss)
@@ -226,6 +235,26 @@ def no_sync(model: nn.Module) -> AbstractContextManager[None]:
     if isinstance(model, DistributedDataParallel):
         return model.no_sync()
     return nullcontext()
+
+
+@contextmanager
+def _zero_gradients(model: nn.Module) -> Iterator[None]:
+    """Let backward passes inside bring zeros to every parameter they reach, also instead of NaN.
+
+    Leaving the backward pass out would be less work, but DDP waits for every parameter.
+    """
+    params = [param for param in model.parameters() if param.requires_grad]
+    handles = [param.register_hook(torch.zeros_like) for param in params]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _is_known_zero(count: float | Tensor) -> bool:
+    """Tell whether there are no items, without waiting for a device: False if it has the count."""
+    return not (isinstance(count, Tensor) and not count.is_cpu) and not count > 0
 
 
 def _share(part: Tensor, total: Tensor) -> Tensor:

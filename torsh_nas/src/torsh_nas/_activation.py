@@ -98,7 +98,8 @@ def capture_inputs(
     """Run every option once and return what each choice was called with, by its ``id``.
 
     Raises:
-        ValueError: Options whose outputs differ in shape, or a choice the forward never reaches.
+        ValueError: Options whose outputs differ in shape or that change their input in place, or a
+            choice the forward never reaches.
     """
     calls: dict[int, list[Call]] = {}
     handles = []
@@ -122,7 +123,13 @@ def capture_inputs(
         for label, c in found.items()
     }
     try:
-        with evaluating(model), torch.no_grad(), mixed(found, uniform):
+        # Inference mode keeps no write counters, by which a choice finds in-place options.
+        with (
+            evaluating(model),
+            torch.inference_mode(False),
+            torch.no_grad(),
+            mixed(found, uniform),
+        ):
             model(*inputs)
     finally:
         for handle in handles:

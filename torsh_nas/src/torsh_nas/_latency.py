@@ -121,7 +121,7 @@ class LatencyTable:
 
         Raises:
             TypeError: An input is not a tensor.
-            ValueError: As :func:`space`.
+            ValueError: As :func:`space`, or an option changes its input in place.
         """
         if calibration < 2:
             raise ValueError(f"calibration={calibration}: a line needs at least 2 models")
@@ -247,8 +247,11 @@ class LatencyTable:
     def check(self, space: Space) -> None:
         """Raise unless the table fits a space and, if it was measured, this machine.
 
+        :class:`Search` calls it under the table's number of threads, for it times with that.
+
         Raises:
-            ValueError: Another space, device or torch thread count than the table's.
+            ValueError: Another space or device than the table's or, for a table of a CPU, another
+                number of threads than torch uses now.
         """
         if space.space_id != self.space.space_id:
             raise ValueError(
@@ -267,6 +270,13 @@ class LatencyTable:
             raise ValueError(
                 f"the latency table was measured on {self.device_info.name!r}, this is {name!r}; "
                 "build one here"
+            )
+        threads = torch.get_num_threads()
+        if self.device_info.device == "cpu" and self.device_info.threads != threads:
+            raise ValueError(
+                f"the latency table was measured with {self.device_info.threads} threads, torch "
+                f"uses {threads} now; call torch.set_num_threads({self.device_info.threads}), or "
+                f"build one with threads={threads}"
             )
         if self.device_info.torch != str(torch.__version__):
             warnings.warn(

@@ -22,7 +22,7 @@ from torsh_nas._checkpoint import (
     write_log,
 )
 from torsh_nas._derive import derive
-from torsh_nas._measure import Timing, measure
+from torsh_nas._measure import Timing, measure, torch_threads
 from torsh_nas._penalty import LatencyPenalty
 from torsh_nas._solve import maximise, minimise, solve
 from torsh_nas._strategy import Batch, Loss, Strategy
@@ -129,7 +129,9 @@ class Search:
         strategy.bind(model, loss, weight_optimizer, penalty=penalty, seed=seed)
         for part in (budget, penalty):
             if part is not None:
-                part.source.check(strategy.space)
+                info = part.source.device_info
+                with torch_threads(None if info is None else info.threads):
+                    part.source.check(strategy.space)
         self.model, self.strategy = model, strategy
         self.budget, self.penalty = budget, penalty
         self.epoch = 0

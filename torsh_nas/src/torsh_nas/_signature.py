@@ -2,16 +2,19 @@
 
 from collections.abc import Mapping, Sequence
 
-from torch import Tensor, nn
+from torch import Tensor, fx, jit, nn
 
 from torsh_nas._activation import Call
+
+_TORCHS_OWN = frozenset(vars(nn.Module()))
 
 
 def signature_of(module: nn.Module, call: Call) -> str:
     """Return a text that is equal for modules of equal structure called with equal shapes.
 
-    Covers class, plain attributes, shapes and dtypes of parameters and buffers, and children.
-    Anything it does not know makes the signature unique, so that it is measured for itself.
+    Covers class, attributes (private ones too), shapes and dtypes of parameters and buffers, and
+    children. Anything it does not know makes the signature unique, so that it is measured for
+    itself; so does a module whose code is not that of its class.
     """
     args, kwargs = call
     return f"{_of_module(module)} <- {_of_value(args)} {_of_value(kwargs)}"
@@ -19,10 +22,12 @@ def signature_of(module: nn.Module, call: Call) -> str:
 
 def _of_module(module: nn.Module) -> str:
     kind = type(module)
+    if isinstance(module, fx.GraphModule | jit.ScriptModule):
+        return f"{kind.__qualname__}@{id(module)}"
     plain = sorted(
         f"{name}={_of_value(value)}"
         for name, value in vars(module).items()
-        if not name.startswith("_") and name != "training"
+        if name not in _TORCHS_OWN
     )
     tensors = [
         f"{name}:{_of_value(tensor.detach())}"

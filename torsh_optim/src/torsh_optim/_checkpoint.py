@@ -14,6 +14,70 @@ FORMAT = 1  # `torsh_version` in the parameter groups of a state
 Target = tuple[Tensor, dict[str, Any], str]
 
 
+def align_groups(
+    groups: list[dict[str, Any]], saved_groups: list[dict[str, Any]], *, warn: bool = True
+) -> list[dict[str, Any]]:
+    """Put saved groups and the parameters in them into the order of the optimizer's, by name.
+
+    Without names on both sides the order is kept; so it is when the names differ, with a warning.
+
+    Args:
+        groups: Parameter groups of the optimizer.
+        saved_groups: Those of the state, ``params`` being numbers; not changed.
+        warn: Whether to warn.
+
+    Raises:
+        ValueError: The same names are divided into other groups.
+    """
+    names, saved_names = _names(groups), _names(saved_groups)
+    if names is None or saved_names is None or len(groups) != len(saved_groups):
+        return saved_groups
+    if names == saved_names:
+        return saved_groups
+    flat, saved_flat = list(chain(*names)), list(chain(*saved_names))
+    if sorted(flat) != sorted(saved_flat) or len(set(flat)) < len(flat):
+        if warn and list(map(len, names)) == list(map(len, saved_names)):
+            missing = sorted(set(flat) - set(saved_flat))
+            unexpected = sorted(set(saved_flat) - set(flat))
+            warnings.warn(
+                "the loaded state names other parameters, so they are matched by position; "
+                f"without state: {missing[:3]}, unknown: {unexpected[:3]}",
+                stacklevel=3,
+            )
+        return saved_groups
+
+    saved_group_of = {name: j for j, group in enumerate(saved_names) for name in group}
+    without_members = [j for j, group in enumerate(saved_names) if not group]
+    aligned: list[dict[str, Any]] = []
+    for i, members in enumerate(names):
+        if members:
+            j = saved_group_of[members[0]]
+            apart = sorted(set(members) ^ set(saved_names[j]))
+        else:
+            j = without_members.pop(0) if without_members else 0
+            apart = sorted(saved_names[j])
+        if apart:
+            here = {name: k for k, group in enumerate(names) for name in group}
+            raise ValueError(
+                f"the loaded state groups the parameters in another way: {apart[0]!r} is in group "
+                f"{here[apart[0]]} here and in group {saved_group_of[apart[0]]} there, with other "
+                f"members (seen from group {i}); give the optimizer the groups of the saved one"
+            )
+        number_of = dict(zip(saved_names[j], saved_groups[j]["params"], strict=True))
+        numbers = [number_of[name] for name in members]
+        aligned.append({**saved_groups[j], "params": numbers})
+        if members:
+            aligned[-1]["param_names"] = list(members)
+    return aligned
+
+
+def _names(groups: list[dict[str, Any]]) -> list[list[str]] | None:
+    """Names of the parameters of each group, if all have one."""
+    if any(group["params"] and "param_names" not in group for group in groups):
+        return None
+    return [list(group.get("param_names", ())) for group in groups]
+
+
 def match_params(
     groups: list[dict[str, Any]], saved_groups: list[dict[str, Any]]
 ) -> dict[int, Target]:
@@ -21,7 +85,7 @@ def match_params(
 
     Args:
         groups: Parameter groups of the optimizer.
-        saved_groups: Those of the state, ``params`` being numbers.
+        saved_groups: Those of the state in the same order, ``params`` being numbers.
 
     Raises:
         ValueError: The numbers of groups or of their parameters differ.
@@ -42,24 +106,8 @@ def match_params(
     for group in groups:
         names = group.get("param_names")
         for i, param in enumerate(group["params"]):
-            own.append((param, group, f"parameter {names[i] if names else len(own)!r}"))
+            own.append((param, group, f"parameter {(names[i] if names else len(own))!r}"))
     numbers: list[int] = list(chain.from_iterable(saved["params"] for saved in saved_groups))
-
-    if all("param_names" in group for group in (*groups, *saved_groups)):
-        names = list(chain.from_iterable(group["param_names"] for group in groups))
-        saved_names = list(chain.from_iterable(group["param_names"] for group in saved_groups))
-        if names != saved_names:
-            if set(names) == set(saved_names):
-                by_name = dict(zip(names, own, strict=True))
-                own = [by_name[name] for name in saved_names]
-            else:
-                missing = sorted(set(names) - set(saved_names))
-                unexpected = sorted(set(saved_names) - set(names))
-                warnings.warn(
-                    "the loaded state names other parameters, so they are matched by position; "
-                    f"without state: {missing[:3]}, unknown: {unexpected[:3]}",
-                    stacklevel=3,
-                )
     return dict(zip(numbers, own, strict=True))
 
 

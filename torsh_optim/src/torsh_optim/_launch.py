@@ -7,6 +7,7 @@ from itertools import chain
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from torsh_optim._plan import Bucket, Group
 
@@ -91,6 +92,11 @@ class LaunchBucket(Bucket):
         if programs == 0:
             return
         changed, keys = self._write(groups, grads, steps)
+        # the kernel knows addresses only: without this a graph that saved a parameter would not
+        # notice that its value has changed
+        increment_version(
+            [param for param, grad in zip(self.params, grads, strict=True) if grad is not None]
+        )
         with self._on_device():
             if self._sender is None:
                 self._start(programs, groups, keys)

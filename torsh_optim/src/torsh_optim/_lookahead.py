@@ -9,6 +9,9 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from torsh_optim._checkpoint import align_groups, match_params
+from torsh_optim._optimizer import FusedOptimizer
+
 Pullback = Literal["none", "reset", "pullback"]
 
 _OPTIONS = ("lookahead_k", "lookahead_alpha", "lookahead_pullback", "lookahead_step")
@@ -73,12 +76,7 @@ class Lookahead(Optimizer):
             )
         if isinstance(optimizer, Lookahead):
             raise ValueError("optimizer is a Lookahead already; wrap its base_optimizer")
-        if isinstance(k, bool) or not isinstance(k, int) or k < 1:
-            raise ValueError(f"k={k} must be an integer of at least 1")
-        if not 0.0 < alpha <= 1.0:
-            raise ValueError(f"alpha={alpha} must be in (0, 1]")
-        if pullback not in ("none", "reset", "pullback"):
-            raise ValueError(f"pullback={pullback!r} must be 'none', 'reset' or 'pullback'")
+        _check({"k": k, "alpha": alpha, "pullback": pullback})
         # Optimizer.__init__ would make groups and state of its own; this is what unpickling uses
         # to complete an optimizer, hooks included.
         self.__setstate__(
@@ -252,7 +250,8 @@ class Lookahead(Optimizer):
             state_dict: What ``state_dict`` returned; not changed.
 
         Raises:
-            ValueError: The wrapped optimizer refuses it, or a slow weight has a wrong shape.
+            ValueError: The wrapped optimizer refuses it, an option is out of range, or a slow
+                weight is missing or does not fit its parameter.
         """
         state_dict = state_dict.copy()
         for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
@@ -271,28 +270,69 @@ class Lookahead(Optimizer):
             if kept:
                 fast[number] = kept
         groups = state_dict["param_groups"]
-        numbers = list(chain.from_iterable(group["params"] for group in groups))
-        params = list(chain.from_iterable(group["params"] for group in self.param_groups))
-        for number, param in zip(numbers, params, strict=False):
-            for key, value in slow.get(number, {}).items():
-                if value.shape != param.shape:
+        if isinstance(self.base_optimizer, FusedOptimizer):  # goes by names, torch's by position
+            groups = align_groups(self.param_groups, groups, warn=False)
+        targets = match_params(self.param_groups, groups)
+        for group in groups:
+            _check(group, "lookahead_")
+            for number in group["params"]:
+                param, _, name = targets[number]
+                taken = slow.get(number, {})
+                if group.get("lookahead_step", 0) > 0 and "slow" not in taken:
                     raise ValueError(
-                        f"{key!r} of parameter {number} in the loaded state has shape "
-                        f"{tuple(value.shape)}, the parameter {tuple(param.shape)}"
+                        f"'slow' of {name} is missing in the loaded state, although its group has "
+                        f"lookahead_step={group['lookahead_step']}; remove the lookahead_* options "
+                        "from the group to begin with the weights as they are"
                     )
+                for key, value in taken.items():
+                    _check_slow(key, value, param, name)
 
         self.base_optimizer.load_state_dict({**state_dict, "state": fast})
         self._slow = {
-            param: {
-                key: torch.empty_like(param, dtype=value.dtype).copy_(value).detach()
-                for key, value in slow[number].items()
+            targets[number][0]: {
+                key: torch.empty_like(targets[number][0], dtype=value.dtype).copy_(value).detach()
+                for key, value in taken.items()
             }
-            for number, param in zip(numbers, params, strict=True)
-            if number in slow
+            for number, taken in slow.items()
+            if number in targets
         }
         self._set_options()
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
+
+
+def _check(options: dict[str, Any], prefix: str = "") -> None:
+    """Raise ValueError for options out of range; those that are missing are passed by."""
+    k, alpha = options.get(f"{prefix}k", 1), options.get(f"{prefix}alpha", 1.0)
+    pullback, step = options.get(f"{prefix}pullback", "none"), options.get(f"{prefix}step", 0)
+    if isinstance(k, bool) or not isinstance(k, int) or k < 1:
+        raise ValueError(f"{prefix}k={k!r} must be an integer of at least 1")
+    if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not 0.0 < alpha <= 1.0:
+        raise ValueError(f"{prefix}alpha={alpha!r} must be in (0, 1]")
+    if pullback not in ("none", "reset", "pullback"):
+        raise ValueError(f"{prefix}pullback={pullback!r} must be 'none', 'reset' or 'pullback'")
+    if isinstance(step, bool) or not isinstance(step, int) or step < 0:
+        raise ValueError(f"{prefix}step={step!r} must be an integer of at least 0")
+
+
+def _check_slow(key: str, value: Any, param: Tensor, name: str) -> None:
+    if not isinstance(value, Tensor):
+        raise ValueError(
+            f"{key!r} of {name} in the loaded state is a {type(value).__name__}, not a tensor; "
+            "load a state saved by Lookahead"
+        )
+    if value.shape != param.shape:
+        raise ValueError(
+            f"{key!r} of {name} in the loaded state has shape {tuple(value.shape)}, the parameter "
+            f"{tuple(param.shape)}; load a state saved for this model"
+        )
+    if value.is_complex() != param.is_complex() or not (
+        value.is_complex() or value.is_floating_point()
+    ):
+        raise ValueError(
+            f"{key!r} of {name} in the loaded state is {value.dtype}, the parameter {param.dtype}; "
+            "load a state saved for this model"
+        )
 
 
 def _moves(lr: float | Tensor) -> bool:

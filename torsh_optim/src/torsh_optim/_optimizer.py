@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from torsh_optim._checkpoint import FORMAT, fitted_state, match_params
+from torsh_optim._checkpoint import FORMAT, align_groups, fitted_state, match_params
 from torsh_optim._plan import Bucket, Group, GroupBucket, Plan
 
 ParamsT = (
@@ -137,6 +137,11 @@ class FusedOptimizer(Optimizer):
 
     # --- state ---
 
+    def __getstate__(self) -> dict[str, Any]:
+        state = self.state.__class__(dict)
+        state.update(_with_own_steps(self.state))
+        return {**super().__getstate__(), "state": state}
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._plan = None
@@ -145,13 +150,20 @@ class FusedOptimizer(Optimizer):
                 group.setdefault(key, value)
 
     @torch._disable_dynamo
+    def state_dict(self) -> dict[str, Any]:
+        """Return state and groups as ``torch.optim`` does, with copies of the step counters."""
+        state_dict = super().state_dict()
+        return {**state_dict, "state": _with_own_steps(state_dict["state"])}
+
+    @torch._disable_dynamo
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state saved by this optimizer or by its namesake in ``torch.optim``.
 
         Unlike torch's, this keeps the element type of every state tensor, copies them all, checks
         their shapes, and, where both sides name their parameters and the names are the same in
-        another order, goes by the names. The options that say how to compute (``fused``,
-        ``foreach``, ``capturable``, ``differentiable``) stay those of this optimizer.
+        another order, goes by the names, for state and group options alike. The options that say
+        how to compute (``fused``, ``foreach``, ``capturable``, ``differentiable``) stay those of
+        this optimizer.
 
         Args:
             state_dict: What ``state_dict`` returned; not changed.
@@ -173,6 +185,7 @@ class FusedOptimizer(Optimizer):
                     f"torsh_version={version} of the loaded state is newer than {FORMAT}, the "
                     "newest this torsh-optim reads; update it to load this state"
                 )
+        saved_groups = align_groups(self.param_groups, saved_groups)
         targets = match_params(self.param_groups, saved_groups)
 
         state: dict[Any, Any] = {}
@@ -260,11 +273,7 @@ class FusedOptimizer(Optimizer):
             slots = self._initialize(param, grad, group)
             grad_dtype = param.dtype if grad is None else grad.dtype
             tensors = [self.state[param][slot] for slot in slots]
-            implementation, reason = self._choose(param, [grad_dtype, *_dtypes(tensors)], group)
-            if implementation != "reference" and any(
-                tensor.stride() != param.stride() for tensor in tensors
-            ):
-                implementation, reason = "reference", "its state has another memory layout"
+            implementation, reason = self._choose(param, grad_dtype, tensors, group)
             self._say(implementation, reason, param, group)
             owner = () if implementation == "triton" else (number,)
             key = (implementation, param.device, param.dtype, grad_dtype, slots, *_dtypes(tensors))
@@ -284,6 +293,11 @@ class FusedOptimizer(Optimizer):
             raise RuntimeError(
                 f"{name} updates floating-point and complex tensors, got {param.dtype}"
             )
+        if grad is not None and grad.shape != param.shape:
+            raise RuntimeError(
+                f"a gradient has shape {tuple(grad.shape)}, its parameter {tuple(param.shape)}; "
+                "clear the gradient of a parameter that you resize"
+            )
         state = self.state[param]
         slots = self._slots(group)
         if "step" not in state:
@@ -299,7 +313,7 @@ class FusedOptimizer(Optimizer):
         return slots
 
     def _choose(
-        self, param: Tensor, dtypes: list[torch.dtype], group: Group
+        self, param: Tensor, grad_dtype: torch.dtype, states: list[Tensor], group: Group
     ) -> tuple[Implementation, str | None]:
         """Pick the implementation for a parameter; say why if it is the slow one."""
         if group["fused"] is False:
@@ -308,7 +322,9 @@ class FusedOptimizer(Optimizer):
             return "reference", f"it is a {type(param).__name__}"
         if torch.empty_like(param, device="meta").stride() != param.stride():
             return "reference", "it does not fill a block of memory"
-        everything = {param.dtype, *dtypes}
+        if any(tensor.stride() != param.stride() for tensor in states):
+            return "reference", "its state has another memory layout"
+        everything = {param.dtype, grad_dtype, *_dtypes(states)}
         for candidate in self._implementations:
             if candidate == "cpu-fused" and param.is_cpu:
                 if len(everything) == 1 and everything <= {*_FLOATS, torch.float64}:
@@ -361,16 +377,30 @@ class FusedOptimizer(Optimizer):
 
         Several are joined by ``+`` when parameters differ.
         """
-        found = {
-            self._choose(param, [param.dtype], group)[0]
-            for group in self.param_groups
-            for param in group["params"]
-        }
+        found: set[str] = set()
+        for group in self.param_groups:
+            for param in group["params"]:
+                state = self.state.get(
+                    param, {}
+                )  # a state that is made later is like its parameter
+                states = [state[slot] for slot in self._slots(group) if slot in state]
+                grad_dtype = param.dtype if param.grad is None else param.grad.dtype
+                found.add(self._choose(param, grad_dtype, states, group)[0])
         return "+".join(sorted(found))
 
 
 def _dtypes(tensors: Iterable[Tensor]) -> list[torch.dtype]:
     return [tensor.dtype for tensor in tensors]
+
+
+def _with_own_steps(state: Mapping[Any, Any]) -> dict[Any, Any]:
+    """Copy the step counters: pickled, each view would take the storage of all with it."""
+    return {
+        key: {**values, "step": values["step"].clone()}
+        if isinstance(values, dict) and isinstance(values.get("step"), Tensor)
+        else values
+        for key, values in state.items()
+    }
 
 
 def _interpreting() -> bool:

@@ -8,10 +8,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 Group = dict[str, Any]
 
 _dtype = attrgetter("dtype")
+_shape = attrgetter("shape")
 _taken = partial(is_not, None)
 
 
@@ -41,6 +43,8 @@ class Bucket:
         self.steps: list[Tensor] = []
         self._kept = [*params, *chain.from_iterable(states)]
         self._addresses = list(map(Tensor.data_ptr, self._kept))
+        self._dtypes = {params[0].dtype}
+        self._shapes = list(map(_shape, params))
         contiguous = all(p.is_contiguous() for p in params)
         self._strides = None if contiguous else [p.stride() for p in params]
 
@@ -52,32 +56,42 @@ class Bucket:
 
         Returns:
             The same list, with a copy in place of each gradient that is laid out differently; or
-            None if the bucket no longer fits: tensors moved or changed their element type.
+            None if the bucket no longer fits: tensors moved or changed shape, layout or type.
         """
         if list(map(Tensor.data_ptr, self._kept)) != self._addresses:
             return None
-        if self._all_fit(grads):
+        if not self._all_fit(self.params, self._dtypes):  # `param.data = param.data.t()`
+            return None
+        if self._all_fit(grads, {self.grad_dtype}):
             return grads
         collected = list(grads)
         for i, (param, grad) in enumerate(zip(self.params, grads, strict=True)):
             if grad is None:
                 continue
-            if grad.layout is not torch.strided or grad.dtype != self.grad_dtype:
+            if not self._takes(param, grad):
                 return None
             if grad.stride() != param.stride() or grad.is_neg():
                 collected[i] = torch.empty_like(param, dtype=grad.dtype).copy_(grad)
         return collected
 
-    def _all_fit(self, grads: list[Any]) -> bool:
-        """Whether all gradients are there and laid out like their parameters, at C speed."""
+    def _all_fit(self, tensors: list[Any], dtypes: set[torch.dtype]) -> bool:
+        """Whether all are there and laid out as the parameters were, at C speed."""
         try:
             if self._strides is None:
-                same_layout = all(map(Tensor.is_contiguous, grads))
+                same_layout = all(map(Tensor.is_contiguous, tensors))
             else:
-                same_layout = list(map(Tensor.stride, grads)) == self._strides
-        except (TypeError, RuntimeError):  # None, or a sparse tensor
+                same_layout = list(map(Tensor.stride, tensors)) == self._strides
+            same_shape = list(map(_shape, tensors)) == self._shapes
+        except (TypeError, RuntimeError, AttributeError):  # None, or a sparse tensor
             return False
-        return same_layout and set(map(_dtype, grads)) == {self.grad_dtype}
+        return same_layout and same_shape and set(map(_dtype, tensors)) == dtypes
+
+    def _takes(self, param: Tensor, grad: Tensor) -> bool:
+        return (
+            grad.layout is torch.strided
+            and grad.dtype == self.grad_dtype
+            and grad.shape == param.shape
+        )
 
     def run(self, groups: list[Group], grads: list[Tensor | None], steps: list[float]) -> None:
         """Update the parameters that have a gradient.
@@ -117,8 +131,11 @@ class GroupBucket(Bucket):
     def collect(self, grads: list[Tensor | None]) -> list[Tensor | None] | None:
         if not self._any_layout:
             return super().collect(grads)
-        if any(g is not None and g.layout is not torch.strided for g in grads):
+        if not self._all_fit(self.params, self._dtypes):
             return None
+        for param, grad in zip(self.params, grads, strict=True):
+            if grad is not None and not self._takes(param, grad):
+                return None
         return grads
 
     def run(self, groups: list[Group], grads: list[Tensor | None], steps: list[float]) -> None:
@@ -126,14 +143,17 @@ class GroupBucket(Bucket):
         keep = [i for i, grad in enumerate(grads) if grad is not None]
         if not keep:
             return
+        params = [self.params[i] for i in keep]
         self._update(
             group,
-            [self.params[i] for i in keep],
+            params,
             [grad for grad in grads if grad is not None],
             [[tensors[i] for i in keep] for tensors in self.states],
             [self.steps[i] for i in keep],
             [steps[i] for i in keep],
         )
+        if not self._any_layout:  # torch's fused kernels do not tell autograd what they wrote
+            increment_version(params)
 
 
 class Plan:

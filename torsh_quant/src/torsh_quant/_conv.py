@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from torsh_quant import _cpu
-from torsh_quant._cpu import ConvShape, activation_bits, channel_sums, folded, remembered
+from torsh_quant._cpu import ConvShape, activation_bits, channel_sums, plain_integers
 from torsh_quant._numerics import (
     dequantize_weight,
     exact_conv2d,
@@ -111,7 +111,7 @@ def _in_float64(
 ) -> Tensor:
     channels = x.shape[1] // shape.groups
     columns = channels * kernel_size[0] * kernel_size[1]
-    flat, channel = remembered(weight, scale, "integers", lambda: folded(weight, scale, columns))
+    flat, channel = plain_integers(weight, scale, columns)
     q, image_scale, zero_point = quantize_rows(x, bits)
     sums = exact_conv2d(
         q + zero_point,

@@ -10,7 +10,7 @@ import threading
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from typing import Any, cast
 from weakref import ReferenceType, ref
 
@@ -56,33 +56,56 @@ _packs: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 @dataclass(frozen=True)
 class _Entry:
-    versions: tuple[int, int]
+    state: tuple[int, ...]
     scale: ReferenceType[Tensor]
     packed: Packed
 
 
-def _version(tensor: Tensor) -> int:
-    return -1 if tensor.is_inference() else tensor._version
+def _state(*tensors: Tensor) -> tuple[int, ...]:
+    return tuple(figure for t in tensors for figure in (t._version, t.data_ptr()))
 
 
 def remembered(weight: Tensor, scale: Tensor, name: str, build: Callable[[], Packed]) -> Packed:
     """Return what ``build()`` makes of these two tensors, kept until one of them changes.
 
     Kept beside the tensors rather than in the module: the module's state stays plain tensors, and
-    loading, copying and moving it need nothing special.
+    copying and moving it need nothing special. A change is a new version or another storage.
+    Inference tensors have no version, so nothing is kept for them; writing through ``.data``
+    leaves the version as it is, and needs :func:`forget`.
+
+    Args:
+        weight: The result lives as long as it; so ``build()`` must not return it or a view of it.
+        scale: The other tensor that the result depends on.
+        name: Tells the results of one weight apart.
+        build: Makes the result.
     """
+    if weight.is_inference() or scale.is_inference():
+        return build()
     entries: dict[str, _Entry] = _packs.setdefault(weight, {})
-    versions = (_version(weight), _version(scale))
+    state = _state(weight, scale)
     entry = entries.get(name)
-    if entry is None or entry.versions != versions or entry.scale() is not scale:
-        entry = _Entry(versions, ref(scale), build())
+    if entry is None or entry.state != state or entry.scale() is not scale:
+        entry = _Entry(state, ref(scale), build())
         entries[name] = entry
     return entry.packed
+
+
+def forget(weight: Tensor) -> None:
+    """Drop all that is kept for a weight."""
+    _packs.pop(weight, None)
 
 
 def folded(weight: Tensor, scale: Tensor, in_features: int) -> tuple[Tensor, Tensor]:
     """Return the int8 weight and channel scale that the integer kernels multiply with."""
     return fold_groups(stored_integers(weight, in_features, scale.shape[1]), scale)
+
+
+def plain_integers(weight: Tensor, scale: Tensor, in_features: int) -> tuple[Tensor, Tensor]:
+    """Return what :func:`folded` does, kept where it is not the weight itself."""
+    if weight.dtype == torch.int8 and scale.shape[1] == 1:
+        return folded(weight, scale, in_features)
+    build = partial(folded, weight, scale, in_features)
+    return cast("tuple[Tensor, Tensor]", remembered(weight, scale, "integers", build))
 
 
 def channel_sums(weight: Tensor, scale: Tensor, in_features: int) -> Tensor:
@@ -189,9 +212,7 @@ def linear(q: Tensor, weight: Tensor, scale: Tensor, act_bits: int) -> Tensor:
     """
     kernel = linear_kernels()[0]
     if not kernel.fast:
-        integers, channel = remembered(
-            weight, scale, "integers", lambda: folded(weight, scale, q.shape[1])
-        )
+        integers, channel = plain_integers(weight, scale, q.shape[1])
         return exact_linear(q, integers).float().mul_(channel)
     pack, run = _LINEAR[kernel.name]
     packed = remembered(

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from torsh_quant import _cpu
-from torsh_quant._cpu import activation_bits, channel_sums, folded, remembered
+from torsh_quant._cpu import activation_bits, channel_sums, plain_integers
 from torsh_quant._numerics import dequantize_weight, exact_linear, quantize_rows, stored_integers
 
 _BLOCK = 2**20  # weights turned to floats at a time on CPUs: what stays in the caches
@@ -19,9 +19,7 @@ def int_mm_takes(weight_shape: Sequence[int]) -> bool:
 
 
 def _integer_linear_elsewhere(q: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
-    integers, channel = remembered(
-        weight, scale, "integers", lambda: folded(weight, scale, q.shape[1])
-    )
+    integers, channel = plain_integers(weight, scale, q.shape[1])
     if q.is_cuda and int_mm_takes(integers.shape):
         rows = max(0, 32 - q.shape[0])  # it wants more than 16
         sums = torch._int_mm(F.pad(q, (0, 0, 0, rows)).to(torch.int8), integers.T)[: q.shape[0]]

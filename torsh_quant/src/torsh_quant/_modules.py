@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from torsh_quant import _ops as _ops  # registers the operators called below
+from torsh_quant._cpu import forget
 from torsh_quant._numerics import (
     dequantize_weight,
     pack_int4,
@@ -130,9 +131,11 @@ class QuantizedLayer(nn.Module):
                     "it belongs to a float model or to another scheme"
                 )
                 return
+        forget(self.weight)
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
+        forget(self.weight)  # another thread may have packed what was half loaded
 
     def extra_repr(self) -> str:
         return f"scheme={str(self.scheme)!r}, group_size={self.group_size}"
@@ -145,6 +148,11 @@ class QuantLinear(QuantizedLayer):
     at 4 bits and below; ``scale`` float32 ``(out_features, groups)``; ``zero_point`` int8 of that
     shape for asymmetric schemes; ``bias`` float32. With integer activations each row of the input
     gets its own scale, so a row's output never depends on the other rows.
+
+    The integer kernels keep a packed copy of the weight and renew it when a buffer changes or is
+    loaded. Two things escape or disable that: a write through ``.data``, which torch does not
+    count, is not seen (write ``layer.weight.copy_(...)`` instead); and buffers that were copied or
+    moved under ``torch.inference_mode()`` are packed anew at every call, which is slow.
 
     Args:
         in_features: Size of each input row; up to 131,071 with integer activations.
@@ -215,7 +223,18 @@ class QuantLinear(QuantizedLayer):
         return made.train(self.training)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map ``(..., in_features)`` to ``(..., out_features)``, keeping the dtype of ``x``."""
+        """Map ``(..., in_features)`` to ``(..., out_features)``, keeping the dtype of ``x``.
+
+        Raises:
+            TypeError: If ``x`` is not floating point.
+            ValueError: If its last dimension is not ``in_features``.
+        """
+        _require_floats(x, "QuantLinear")
+        if not x.ndim or x.shape[-1] != self.in_features:
+            raise ValueError(
+                f"x of shape {tuple(x.shape)} does not fit in_features={self.in_features} of "
+                f"QuantLinear; its last dimension must be {self.in_features}"
+            )
         return torch.ops.torsh_quant.linear(
             x, self.weight, self.scale, self.zero_point, self.bias, self.act_bits
         )
@@ -350,7 +369,19 @@ class QuantConv2d(QuantizedLayer):
         return made.to(memory_format=layout).train(self.training)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map ``(batch, in_channels, height, width)``, or one image without ``batch``."""
+        """Map ``(batch, in_channels, height, width)``, or one image without ``batch``.
+
+        Raises:
+            TypeError: If ``x`` is not floating point.
+            ValueError: If it has other dimensions, or not ``in_channels`` channels.
+        """
+        _require_floats(x, "QuantConv2d")
+        if x.ndim not in (3, 4) or x.shape[-3] != self.in_channels:
+            raise ValueError(
+                f"x of shape {tuple(x.shape)} does not fit in_channels={self.in_channels} of "
+                f"QuantConv2d; pass (batch, {self.in_channels}, height, width), or one image "
+                "without batch"
+            )
         if x.ndim == 3:
             return self.forward(x[None])[0]
         left, right, top, bottom = self._borders
@@ -379,6 +410,14 @@ class QuantConv2d(QuantizedLayer):
             f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, "
             f"stride={self.stride}, padding={self.padding}, dilation={self.dilation}, "
             f"groups={self.groups}, bias={self.bias is not None}, {super().extra_repr()}"
+        )
+
+
+def _require_floats(x: Tensor, layer: str) -> None:
+    if not x.is_floating_point():
+        raise TypeError(
+            f"x is {x.dtype}; {layer} takes floating-point input and rounds it to integers "
+            "itself: pass x.float(), scaled as the float layer had it"
         )
 
 

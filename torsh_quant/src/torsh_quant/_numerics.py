@@ -208,9 +208,10 @@ def fold_groups(q: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
 def row_qparams(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     """Choose a scale and a zero point for each row.
 
-    The range from the smallest to the largest value, zero included, takes up the integers from
-    ``-qmax`` to ``qmax``, which is ``2**(bits-1) - 1``. Zero is always met exactly, so padding with
-    it is exact too.
+    The range from the smallest to the largest value, zero included, is ``2 * qmax`` steps long,
+    with ``qmax = 2**(bits-1) - 1``. The zero point is rounded up, so that the largest value never
+    rounds beyond ``qmax``; the smallest one then needs ``-qmax`` or ``-qmax - 1``, which
+    ``bits`` bits hold. Zero is always met exactly, so padding with it is exact too.
 
     Args:
         x: ``(rows, ...)`` float32.
@@ -228,14 +229,14 @@ def row_qparams(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     dims = tuple(range(1, x.ndim))
     low, high = x.amin(dims, keepdim=True).clamp_(max=0), x.amax(dims, keepdim=True).clamp_(min=0)
     scale = (high / (2 * qmax) - low / (2 * qmax)).clamp_(min=TINY)
-    return scale, torch.round(high / scale).sub_(qmax)
+    return scale, torch.ceil(high / scale).sub_(qmax)
 
 
 def quantize_rows(x: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
     """Round each row to integers with its own scale and zero point.
 
-    ``q = round(x / scale - zero_point)``, half to even. Rounding both ends of the range may take
-    one more integer below, ``-2**(bits-1)``.
+    ``q = round(x / scale - zero_point)``, half to even, from ``-2**(bits-1)`` to
+    ``2**(bits-1) - 1``.
 
     Args:
         x: ``(rows, ...)``.

@@ -107,7 +107,9 @@ def quantize(
         skip: Layers that stay float.
         overrides: Schemes of single layers by pattern; None keeps a layer float. The last match
             counts.
-        inplace: Change ``model`` instead of a copy. Its float weights are freed layer by layer.
+        inplace: Change ``model`` instead of a copy. No layer is replaced before all are quantized,
+            so an error leaves the model as it was, and until then the float and the quantized
+            weights are in memory together.
         strict: Raise where a layer would run on a slow path (see :func:`explain`).
 
     Returns:

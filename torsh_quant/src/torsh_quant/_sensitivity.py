@@ -1,7 +1,8 @@
 """How much each layer's quantization changes the model's output."""
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal, cast
 
@@ -187,10 +188,11 @@ def sensitivity(
             f"{len(batches)} batches; each must be at least one"
         )
     values: dict[tuple[str, str], float]
-    if score == "grad":
-        values, samples = _by_gradient(model, layers, batches, parsed, seed)
-    else:
-        values, samples = _by_swapping(model, layers, batches, parsed, score)
+    with _every_layer_called():
+        if score == "grad":
+            values, samples = _by_gradient(model, layers, batches, parsed, seed)
+        else:
+            values, samples = _by_swapping(model, layers, batches, parsed, score)
     rows = [
         LayerScore(
             name, str(scheme), values[name, str(scheme)], _nbytes(_made(layer, scheme, name))
@@ -199,6 +201,18 @@ def sensitivity(
         for scheme in parsed
     ]
     return Sensitivity(score, samples, tuple(rows))
+
+
+@contextmanager
+def _every_layer_called() -> Iterator[None]:
+    # In evaluation torch's encoder layers hand their linear layers' weights to one fused float
+    # kernel instead of calling the layers.
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
 
 
 def _made(layer: FloatLayer, scheme: Scheme, name: str) -> QuantLinear | QuantConv2d:

@@ -155,6 +155,13 @@ def default_group_size(in_features: int) -> int:
     The first of 128, 64, 32 that divides ``in_features``; otherwise its largest divisor from 16 to
     127; a row of up to 32 weights, or one that none of these divides, is one group.
 
+    Args:
+        in_features: Weights of one output channel, at least 1; of a convolution,
+            ``in_channels / groups * height * width``.
+
+    Returns:
+        Weights that share a scale: a divisor of ``in_features``.
+
     Example:
         >>> [default_group_size(n) for n in (4096, 576, 144, 27, 131)]
         [128, 64, 72, 27, 131]

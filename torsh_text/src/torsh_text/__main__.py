@@ -4,18 +4,19 @@ import json
 import platform
 import sys
 import warnings
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
 
 
-def _show(rows: dict[str, Any], title: str) -> None:
+def _show(rows: Iterable[tuple[str, Any]], title: str) -> None:
     from rich.console import Console
     from rich.table import Table
 
     table = Table("", title, title_justify="left", box=None)
-    for key, value in rows.items():
+    for key, value in rows:
         table.add_row(key, str(value))
-    Console().print(table)
+    Console(markup=False, emoji=False).print(table)  # texts are shown as they are
 
 
 def doctor(*, json: bool = False) -> None:
@@ -62,38 +63,49 @@ def doctor(*, json: bool = False) -> None:
     if json:
         _print_json(found)
     else:
-        _show(found, "")
+        _show(found.items(), "")
 
 
 def _print_json(value: Any) -> None:
     print(json.dumps(value, indent=2, ensure_ascii=False))
 
 
-def _read_texts(file: Path, field: str) -> list[str]:
-    """Lines of a text file, or one field of each object of a ``.jsonl`` file."""
-    lines = file.read_text(encoding="utf-8").splitlines()
-    if file.suffix != ".jsonl":
-        return [line for line in lines if line.strip()]
-    texts = []
-    for number, line in enumerate(lines, 1):
-        if line.strip():
-            try:
-                texts.append(json.loads(line)[field])
-            except (json.JSONDecodeError, KeyError, TypeError) as error:
-                raise SystemExit(
-                    f"{file}:{number} is no JSON object with a field {field!r}"
-                ) from error
-    return texts
+def _read_texts(file: Path, field: str) -> tuple[list[str], list[int]]:
+    """Lines of a text file, or one field of each object of a ``.jsonl`` file.
 
+    Only a line feed ends a line: JSON may hold U+2028 and its like, which ``str.splitlines`` cuts.
 
-def _encoded(file: Path, field: str, model: str) -> tuple[Any, list[str], Any]:
-    from ._encoder import Encoder
-
-    texts = _read_texts(file, field)
+    Returns:
+        The texts and their line numbers, from 1; blank lines are left out, but counted.
+    """
+    texts: list[str] = []
+    numbers: list[int] = []
+    with file.open(encoding="utf-8", newline="\n") as lines:
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            text = line.rstrip("\r\n")
+            if file.suffix == ".jsonl":
+                try:
+                    text = json.loads(line)[field]
+                except (json.JSONDecodeError, KeyError, TypeError):
+                    text = None
+                if not isinstance(text, str):
+                    raise SystemExit(
+                        f"{file}:{number} is no JSON object with a field {field!r} that is a string"
+                    )
+            texts.append(text)
+            numbers.append(number)
     if not texts:
         raise SystemExit(f"{file} holds no text")
+    return texts, numbers
+
+
+def _encoded(texts: list[str], model: str) -> tuple[Any, Any]:
+    from ._encoder import Encoder
+
     encoder = Encoder.from_pretrained(model)
-    return encoder, texts, encoder.encode(texts, progress=sys.stderr.isatty())
+    return encoder, encoder.encode(texts, progress=sys.stderr.isatty())
 
 
 _MODEL = "sentence-transformers/all-MiniLM-L6-v2"
@@ -102,19 +114,22 @@ _MODEL = "sentence-transformers/all-MiniLM-L6-v2"
 def embed(
     file: Path, /, *, out: Path | None = None, model: str = _MODEL, field: str = "text"
 ) -> None:
-    """Write the vectors of a file's texts as safetensors, with a JSON file beside it.
+    """Write the vectors of a file's texts as safetensors, with their origin in its metadata.
 
     Args:
         file: One text a line, or a .jsonl file.
-        out: The safetensors file; FILE with the suffix .safetensors if not given.
+        out: The safetensors file; FILE with the suffix .safetensors if not given. Only an
+            earlier file of vectors is replaced.
         model: Hub id or folder of the model.
         field: Field of the .jsonl objects that holds the text.
     """
-    from ._vectors import save_vectors
+    from ._vectors import check_target, save_vectors
 
-    encoder, texts, vectors = _encoded(file, field, model)
     target = out or file.with_suffix(".safetensors")
-    save_vectors(target, vectors, model=model, fingerprint=encoder.fingerprint, texts=len(texts))
+    texts, _ = _read_texts(file, field)
+    check_target(target, file)
+    encoder, vectors = _encoded(texts, model)
+    save_vectors(target, vectors, model=model, fingerprint=encoder.fingerprint)
     print(f"{len(texts):,} vectors of {encoder.dim} entries in {target}")
 
 
@@ -140,13 +155,14 @@ def search(
     """
     from ._similarity import search as find
 
-    encoder, texts, vectors = _encoded(file, field, model)
+    texts, lines = _read_texts(file, field)
+    encoder, vectors = _encoded(texts, model)
     scores, ids = find(encoder.encode(list(queries)), vectors, min(k, len(texts)))
     found = [
         {
             "query": query,
             "matches": [
-                {"score": round(score, 4), "line": index, "text": texts[index]}
+                {"score": round(score, 4), "line": lines[index], "text": texts[index]}
                 for score, index in zip(row_scores, row_ids, strict=True)
             ],
         }
@@ -156,7 +172,7 @@ def search(
         _print_json(found)
         return
     for entry in found:
-        _show({f"{m['score']:.3f}": m["text"] for m in entry["matches"]}, entry["query"])
+        _show([(f"{m['score']:.3f}", m["text"]) for m in entry["matches"]], entry["query"])
 
 
 def cluster(
@@ -184,14 +200,16 @@ def cluster(
     from ._cluster import cluster as group
     from ._terms import topic_terms
 
-    _, texts, vectors = _encoded(file, field, model)
+    texts, _ = _read_texts(file, field)
+    _, vectors = _encoded(texts, model)
     found = group(vectors, k=k, method=method, seed=seed)
     topics = topic_terms(texts, found.labels)
     if json:
         groups = [{"label": t.label, "size": t.size, "words": list(t.words)} for t in topics]
         _print_json({"groups": groups, "labels": found.labels.tolist()})
     else:
-        _show({f"{t.label}": f"{t.size:,} texts: {', '.join(t.words)}" for t in topics}, "words")
+        rows = [(f"{t.label}", f"{t.size:,} texts: {', '.join(t.words)}") for t in topics]
+        _show(rows, "words")
 
 
 def main() -> None:

@@ -273,6 +273,8 @@ def resolve_max_length(backbone: "PreTrainedModel", tokenizer: Any, asked: int |
         # tokenizers without a limit say 10**30
         limits = [n for n in (limit, tokenizer.model_max_length) if n and n < 10**9]
         return min(limits, default=512)
+    if not isinstance(asked, int) or isinstance(asked, bool):
+        raise TypeError(f"max_length={asked!r} is no integer")
     if limit is not None and asked > limit:
         raise ValueError(f"max_length={asked} is beyond the {limit} positions of the model")
     return asked

@@ -56,8 +56,10 @@ def _choose_k(x: Tensor, *, spherical: bool, seed: int) -> int:
     for k in _CANDIDATES:
         if k >= distinct:
             break
-        labels, _ = k_means(sample, k, spherical=spherical, seed=seed)
-        score = _silhouette(sample, labels, k)
+        labels, centers = k_means(sample, k, spherical=spherical, seed=seed)
+        if len(centers) < 2:
+            break
+        score = _silhouette(sample, labels, len(centers))
         if score > best_score:
             best, best_score = k, score
     return best
@@ -107,11 +109,12 @@ def cluster(
 
     ``k="auto"`` takes, among 2 to 64, the number of k-means clusters with the highest mean
     silhouette on at most 2,048 rows chosen by the seed; one cluster if none is above 0. Equal
-    rows always share a cluster, so there are never more clusters than different rows (fewer than
-    asked come with no warning beyond ``centers``' size). HDBSCAN finds its own number.
+    rows always share a cluster, and no cluster is empty: there are fewer than asked, with no
+    warning beyond ``centers``' size, where fewer rows differ by what float32 distances show.
+    HDBSCAN finds its own number.
 
     Args:
-        x: Vectors ``(rows, dim)``, finite.
+        x: Vectors ``(rows, dim)``, finite in float32, of any magnitude.
         k: Number of clusters, or ``"auto"``.
         method: ``"kmeans"`` (best of four k-means++ starts), ``"spherical"`` (the same by
             direction), ``"agglomerative"`` (Ward's, quadratic memory) or ``"hdbscan"`` (by
@@ -119,6 +122,7 @@ def cluster(
         seed: Seed of the starts and of the sample.
 
     Raises:
+        TypeError: If ``x`` is no tensor or ``k`` neither an integer nor ``"auto"``.
         ValueError: If ``k`` or ``method`` does not fit, or a value is not finite.
         ImportError: If scikit-learn is missing for the last two methods.
 
@@ -133,6 +137,10 @@ def cluster(
     """
     if method not in _METHODS:
         raise ValueError(f"method={method!r} is none of {', '.join(map(repr, _METHODS))}")
+    if not isinstance(x, Tensor):
+        raise TypeError(f"x is of type {type(x).__name__}; expected a tensor (rows, dim)")
+    if k != "auto" and (not isinstance(k, int) or isinstance(k, bool)):
+        raise TypeError(f"k={k!r} is of type {type(k).__name__}; expected an integer or 'auto'")
     if x.ndim != 2:
         raise ValueError(f"x has shape {tuple(x.shape)}; expected (rows, dim)")
     if k != "auto" and (method == "hdbscan" or k < 1):
@@ -141,12 +149,17 @@ def cluster(
     x = x.float()
     if not bool(x.isfinite().all()):
         bad = int((~x.isfinite().all(1)).nonzero()[0])
-        raise ValueError(f"x[{bad}] is not finite")
+        raise ValueError(f"x[{bad}] is not finite in float32")
     if len(x) == 0:
         empty = torch.empty(0, dtype=torch.int64, device=x.device)
         return Clusters(empty, x[:0], x.new_empty(0))
     spherical = method == "spherical"
-    rows = F.normalize(x, dim=1) if spherical else x
+    # a power of two changes no digit and keeps squares of huge and tiny values in range
+    largest = x.abs().amax(1, keepdim=True) if spherical else x.abs().amax()
+    scale = torch.ldexp(torch.ones_like(largest), torch.frexp(largest).exponent - 1)
+    rows = x / scale
+    if spherical:
+        rows = F.normalize(rows, dim=1)
     if method == "hdbscan":
         single = len(x) < 2
         labels = (
@@ -175,4 +188,4 @@ def cluster(
         centers = F.normalize(centers, dim=1)
     scores = torch.zeros(len(x), device=x.device)
     scores[kept] = F.cosine_similarity(rows[kept], centers[labels[kept]])
-    return Clusters(labels, centers, scores)
+    return Clusters(labels, centers if spherical else centers * scale, scores)

@@ -17,6 +17,8 @@ from ._packing import PackedBatch
 from ._pooling import POOLINGS, Pooling, pool_packed, pool_padded
 from ._runtime import (
     Budget,
+    check_max_tokens,
+    check_options,
     compute_rows,
     default_max_tokens,
     join_pieces,
@@ -25,7 +27,7 @@ from ._runtime import (
 )
 from ._saving import write_model
 from ._selfcheck import adopt_packed_attention, attention_dropout, longest_window
-from ._tokenizing import Long, RowTokenizer, TokenRows, checked_texts
+from ._tokenizing import Long, RowTokenizer, TokenRows, checked_texts, vocabulary
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -40,8 +42,8 @@ class Encoder(nn.Module):
     tool (:meth:`encode`) it maps texts to vectors in input order. Most people start with
     :meth:`from_pretrained`; this constructor takes parts that are already loaded.
 
-    At construction four random rows run packed and padded. A model that does not give the same
-    both ways runs padded, and a warning says so.
+    At construction, and at first use on another kind of device or in another dtype, four random
+    rows run packed and padded. A model that differs runs padded, and a warning says so.
 
     Args:
         backbone: A model of transformers that returns ``last_hidden_state``.
@@ -63,7 +65,6 @@ class Encoder(nn.Module):
         backbone: The transformer; its ``state_dict()`` is that of transformers.
         tokenizer: The tokenizer as it was given.
         dim: Size of the vectors.
-        max_length: Tokens after which a text is cut.
         prompts: Named prefixes.
         first_position: Position of a row's first token.
 
@@ -98,12 +99,11 @@ class Encoder(nn.Module):
         self.prompts = dict(prompts or {})
         self.name = name or type(backbone).__name__
         self.first_position = _backbone.first_position(backbone)
-        self.max_length = _backbone.resolve_max_length(backbone, tokenizer, max_length)
         self._modes: tuple[str, ...] = tuple(mode for mode in POOLINGS if mode in modes)
         self._normalize = normalize
         self._lower_case = lower_case
         self._default_prompt = default_prompt
-        self._rows = RowTokenizer(tokenizer, max_length=self.max_length, lower_case=lower_case)
+        self.max_length = _backbone.resolve_max_length(backbone, tokenizer, max_length)
         text_config = backbone.config.get_text_config()
         self._dim_in: int = text_config.hidden_size * len(self._modes)
         layers = list(dense)
@@ -114,26 +114,10 @@ class Encoder(nn.Module):
         )
         pads = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
         self._pad_id: int = next(i for i in pads if i is not None)
-        self._budget: Budget | None = None
-        self._fingerprint: tuple[object, str] | None = None
-        self._why_padded: str | None = "attn='padded' was asked for"
-        if attn != "padded":
-            self._why_padded = adopt_packed_attention(
-                backbone,
-                first_position=self.first_position,
-                max_length=self.max_length,
-                pad_id=self._pad_id,
-            )
-        if self._why_padded and attn == "packed":
-            raise RuntimeError(
-                f"{self.name} cannot run packed: {self._why_padded}. Use attn='auto' to pad instead"
-            )
-        if self._why_padded and attn == "auto":
-            warnings.warn(
-                f"{self.name} runs padded, which is slower: {self._why_padded}."
-                " attn='padded' chooses this silently",
-                stacklevel=2,
-            )
+        self._budgets: dict[tuple[torch.device, torch.dtype], Budget] = {}
+        self._attn: Attention = attn
+        self._checked: tuple[object, str | None] = (None, None)
+        self._why_padded()
 
     @classmethod
     def from_pretrained(
@@ -187,7 +171,7 @@ class Encoder(nn.Module):
             parts.tokenizer,
             pooling=layout.pooling if pooling == "auto" else pooling,
             normalize=bool(layout.normalize) if normalize == "auto" else normalize,
-            max_length=max_length or layout.max_length,
+            max_length=layout.max_length if max_length is None else max_length,
             dense=parts.dense,
             lower_case=layout.lower_case,
             prompts=layout.prompts,
@@ -271,14 +255,12 @@ class Encoder(nn.Module):
             ``(texts, dim)``; ``(dim,)`` for one text.
 
         Raises:
-            TypeError: If an item is not a string.
+            TypeError: If an item is not a string, or ``dim`` or ``max_tokens`` no integer.
             ValueError: If an option does not fit, or a text is no Unicode or too long.
             RuntimeError: If the encoder is in training mode, or a vector is not finite.
         """
-        if out not in ("torch", "numpy"):
-            raise ValueError(f"out={out!r} is neither 'torch' nor 'numpy'")
-        if dim is not None and not 1 <= dim <= self.dim:
-            raise ValueError(f"dim={dim} is not between 1 and the model's {self.dim}")
+        check_max_tokens(max_tokens)
+        check_options(out=out, long=long, dim=dim, size=self.dim)
         items, prefix = self._prepared(texts, prompt)
         unique: dict[str, int] = {}
         where = [unique.setdefault(prefix + text, len(unique)) for text in items]
@@ -334,6 +316,7 @@ class Encoder(nn.Module):
         Returns:
             For each text a float32 tensor ``(tokens, hidden)`` on the model's device.
         """
+        check_max_tokens(max_tokens)
         items, prefix = self._prepared(texts, None)
         device = self.backbone.device
         found: list[Tensor] = [torch.empty(0, device=device)] * len(items)
@@ -375,10 +358,21 @@ class Encoder(nn.Module):
         return PackedBatch.from_arrays(rows.ids, rows.lengths, first_position=self.first_position)
 
     @property
+    def max_length(self) -> int:
+        """Tokens after which a text is cut, special tokens included; may be set."""
+        return self._rows.max_length
+
+    @max_length.setter
+    def max_length(self, value: int) -> None:
+        value = _backbone.resolve_max_length(self.backbone, self.tokenizer, value)
+        self._rows = RowTokenizer(self.tokenizer, max_length=value, lower_case=self._lower_case)
+
+    @property
     def attention(self) -> AttentionPath:
         """Which attention :meth:`encode` runs here, and why."""
-        if self._why_padded is not None:
-            return AttentionPath("padded", self._why_padded)
+        why = self._why_padded()
+        if why is not None:
+            return AttentionPath("padded", why)
         return packed_path(
             self.backbone.device,
             self.backbone.dtype,
@@ -389,27 +383,26 @@ class Encoder(nn.Module):
 
     @property
     def fingerprint(self) -> str:
-        """Hash of weights, tokenizer and settings: equal vectors need equal fingerprints."""
-        versions = tuple((p.data_ptr(), p._version) for p in self.parameters())
-        if self._fingerprint is None or self._fingerprint[0] != versions:
-            backend = getattr(self.tokenizer, "backend_tokenizer", None)
-            words = (
-                backend.to_str() if backend else repr(sorted(self.tokenizer.get_vocab().items()))
-            )
-            settings = (self._modes, self._normalize, self.max_length, self._lower_case)
-            config = self.backbone.config.to_json_string()
-            value = _backbone.digest(self.state_dict(), words, repr(settings), config)
-            self._fingerprint = (versions, value)
-        return self._fingerprint[1]
+        """Hash of weights, tokenizer and settings, read anew each time.
+
+        Equal vectors of equal texts need equal fingerprints.
+        """
+        words = vocabulary(self.tokenizer)
+        prompt = self.prompts.get(self._default_prompt or "", "")
+        dense = [repr(layer) for layer in self.dense]  # names the activations
+        settings = (self._modes, self._normalize, self.max_length, self._lower_case, prompt, dense)
+        config = self.backbone.config.to_json_string()
+        return _backbone.digest(self.state_dict(), words, repr(settings), config)
 
     def explain(self) -> str:
         """Say in a small table what runs and why."""
         default = default_max_tokens(self.backbone.device, self.backbone.dtype)
-        budget = self._budget.max_tokens if self._budget else default
+        learnt = self._budgets.get((self.backbone.device, self.backbone.dtype))
+        budget = learnt.max_tokens if learnt else default
+        pooling = "+".join(self._modes) + " pooling" + (", length one" if self._normalize else "")
         lines = {
             "model": self.name,
-            "vectors": f"{self.dim} entries, {'+'.join(self._modes)} pooling"
-            + (", length one" if self._normalize else ""),
+            "vectors": f"{self.dim} entries, {pooling}",
             "device": f"{self.backbone.device}, {str(self.backbone.dtype).removeprefix('torch.')}",
             "attention": ": ".join(self.attention),
             "batches": f"at most {budget:,} tokens",
@@ -445,16 +438,39 @@ class Encoder(nn.Module):
             raise ValueError(
                 f"max_tokens={max_tokens} is less than the {longest} tokens of one text"
             )
-        if self._budget is None:
-            self._budget = Budget(default_max_tokens(self.backbone.device, self.backbone.dtype))
+        kind = (self.backbone.device, self.backbone.dtype)
+        learnt = self._budgets.setdefault(kind, Budget(default_max_tokens(*kind)))
         compute_rows(
             rows,
             compute,
-            budget=self._budget if max_tokens == "auto" else Budget(max_tokens),
+            budget=learnt if max_tokens == "auto" else Budget(max_tokens),
             device=self.backbone.device,
             first_position=self.first_position,
-            padded=self._why_padded is not None,
+            padded=self._why_padded() is not None,
         )
+
+    def _why_padded(self) -> str | None:
+        """Why rows are padded where the model is now; None if they run packed."""
+        if self._attn == "padded":
+            return "attn='padded' was asked for"
+        kind = (self.backbone.device.type, self.backbone.dtype, self.max_length)
+        if self._checked[0] != kind:
+            first, longest, pad = self.first_position, self.max_length, self._pad_id
+            why = adopt_packed_attention(
+                self.backbone, first_position=first, max_length=longest, pad_id=pad
+            )
+            if why and self._attn == "packed":
+                raise RuntimeError(
+                    f"{self.name} cannot run packed: {why}. Use attn='auto' to pad instead"
+                )
+            if why and why != self._checked[1]:
+                warnings.warn(
+                    f"{self.name} runs padded, which is slower: {why}."
+                    " attn='padded' chooses this silently",
+                    stacklevel=3,
+                )
+            self._checked = (kind, why)
+        return self._checked[1]
 
     def _prepared(self, texts: str | Iterable[str], prompt: str | None) -> tuple[list[str], str]:
         if self.training:
@@ -478,7 +494,7 @@ class Encoder(nn.Module):
             raise ValueError(
                 f"a row has {batch.max_length} tokens, the model has {limit} positions"
             )
-        if self._why_padded is None:
+        if self._why_padded() is None:
             return last_states(self.backbone, packed_inputs(batch))[0]
         inputs = batch.padded(self._pad_id)
         return last_states(self.backbone, inputs)[inputs["attention_mask"].bool()]

@@ -79,7 +79,8 @@ def _means(x: Tensor, labels: Tensor, k: int) -> tuple[Tensor, Tensor]:
 def lloyd(x: Tensor, centers: Tensor, *, spherical: bool = False) -> tuple[Tensor, Tensor, float]:
     """Move centers to their rows' means until no row changes its center.
 
-    A center that loses all rows takes the row farthest from its own center.
+    A center that loses all rows takes the row farthest from its own center; it may end without
+    rows where rows differ by less than float32 distances show.
 
     Args:
         x: ``(rows, dim)``; of length one if spherical.
@@ -94,22 +95,25 @@ def lloyd(x: Tensor, centers: Tensor, *, spherical: bool = False) -> tuple[Tenso
     for _ in range(_ROUNDS):
         sums, sizes = _means(x, labels, k)
         empty = (sizes == 0).nonzero().flatten()
+        before = filled = labels
         if len(empty):
-            far = distances.topk(len(empty)).indices
-            labels[far] = empty
-            sums, sizes = _means(x, labels, k)
+            far = distances.topk(min(len(empty), len(x))).indices
+            filled = labels.index_copy(0, far, empty[: len(far)])
+            sums, sizes = _means(x, filled, k)
         centers = sums / sizes.clamp_min(1).unsqueeze(1)
         if spherical:
             centers = F.normalize(centers, dim=1)
-        before = labels
         distances, labels = nearest(x, centers)
-        if torch.equal(before, labels):
+        # rows too close for float32 fall back to one center as soon as they are parted
+        if torch.equal(labels, filled) or torch.equal(labels, before):
             break
     return labels, centers, float(distances.double().sum())
 
 
 def k_means(x: Tensor, k: int, *, spherical: bool = False, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """Return the best of four seeded runs: labels ``(rows,)`` and centers ``(k, dim)``.
+    """Return the best of four seeded runs: labels ``(rows,)`` and centers ``(found, dim)``.
+
+    Every center has rows; ``found`` is below ``k`` where rows are too close to be told apart.
 
     Args:
         x: ``(rows, dim)`` with at least ``k`` different rows.
@@ -122,4 +126,5 @@ def k_means(x: Tensor, k: int, *, spherical: bool = False, seed: int = 0) -> tup
     x = x - shift  # distances keep more digits near zero
     runs = [lloyd(x, seed_centers(x, k, generator), spherical=spherical) for _ in range(_STARTS)]
     labels, centers, _ = min(runs, key=lambda run: run[2])
-    return labels, centers + shift
+    used, labels = labels.unique(return_inverse=True)
+    return labels, centers[used] + shift

@@ -46,6 +46,30 @@ def default_max_tokens(device: torch.device, dtype: torch.dtype) -> int:
     return 65_536 if dtype in (torch.float16, torch.bfloat16) else 16_384
 
 
+def check_max_tokens(max_tokens: object) -> None:
+    """Refuse what is neither ``"auto"`` nor a positive integer."""
+    if max_tokens == "auto":
+        return
+    if not isinstance(max_tokens, int) or isinstance(max_tokens, bool):
+        raise TypeError(f"max_tokens={max_tokens!r} is neither 'auto' nor an integer")
+    if max_tokens < 1:
+        raise ValueError(f"max_tokens={max_tokens} is not positive; use 'auto' or a larger number")
+
+
+def check_options(*, out: object, long: object, dim: object, size: int) -> None:
+    """Refuse options of ``encode`` that do not fit vectors of ``size`` entries."""
+    if out not in ("torch", "numpy"):
+        raise ValueError(f"out={out!r} is neither 'torch' nor 'numpy'")
+    if long not in ("truncate", "error", "mean"):
+        raise ValueError(f"long={long!r} is none of 'truncate', 'error', 'mean'")
+    if dim is None:
+        return
+    if not isinstance(dim, int) or isinstance(dim, bool):
+        raise TypeError(f"dim={dim!r} is neither None nor an integer")
+    if not 1 <= dim <= size:
+        raise ValueError(f"dim={dim} is not between 1 and the model's {size}")
+
+
 def tokenized_windows(
     texts: Sequence[str], tokenizer: RowTokenizer, *, long: Long
 ) -> Iterator[tuple[int, TokenRows]]:

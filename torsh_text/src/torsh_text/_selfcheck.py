@@ -59,6 +59,31 @@ def _disagreement(packed: Tensor, padded: Tensor) -> str | None:
     return None if error <= (5e-3 if rounded else 1e-4) else f"packed rows are off by {error:.1e}"
 
 
+def shallow_copy(backbone: "PreTrainedModel") -> "PreTrainedModel":
+    """Return a float32 copy of a model's first layers: two, or enough for each kind of layer.
+
+    What is wrong with a family's packing shows there, without three times the model's memory.
+    """
+    config = copy.deepcopy(backbone.config)
+    text_config = config.get_text_config()
+    kinds = getattr(text_config, "layer_types", None) or ["all"]
+    layers = max(2, *(kinds.index(kind) + 1 for kind in set(kinds)))
+    layers = min(layers, text_config.num_hidden_layers)
+    text_config.num_hidden_layers = layers
+    if len(kinds) > layers:
+        text_config.layer_types = kinds[:layers]
+    config.dtype = torch.float32
+    with torch.random.fork_rng(devices=[]):
+        small = type(backbone)(config)
+    weights = backbone.state_dict()
+    with torch.no_grad():
+        for name, mine in small.state_dict().items():
+            if name in weights and weights[name].shape == mine.shape:
+                mine.copy_(weights[name])
+    torch.nn.Module.to(small, next(backbone.parameters()).device, torch.float32)
+    return small.eval()
+
+
 @torch.no_grad()
 def _compare(backbone: "PreTrainedModel", batch: PackedBatch, pad_id: int) -> str | None:
     device = next(backbone.parameters()).device
@@ -71,6 +96,8 @@ def _compare(backbone: "PreTrainedModel", batch: PackedBatch, pad_id: int) -> st
         if backbone.config._attn_implementation != ATTENTION:
             return "transformers cannot switch its attention"
         packed = last_states(backbone, packed_inputs(batch))[0]
+    except torch.OutOfMemoryError:
+        raise
     except Exception as error:  # any model's code runs here; whatever it raises, padding works
         logger.debug("packed self-check", exc_info=True)
         return f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"
@@ -86,7 +113,8 @@ def adopt_packed_attention(
 
     One row is longer than every sliding window that ``max_length`` allows to fill. The wiring is
     checked in float32 and, where another kernel runs in the model's own dtype, that kernel too.
-    Verdicts are remembered for the process, by configuration.
+    Half-precision models are wired as a float32 copy of their first layers. Verdicts are
+    remembered for the process, by configuration, unless memory ran out.
 
     Returns:
         None if the model now runs packed, else why it must stay padded.
@@ -101,16 +129,23 @@ def adopt_packed_attention(
     config_text = config.to_json_string()
     key = (type(backbone), config_text, weight.device.type, weight.dtype, longest, first_position)
     if key not in _verdicts:
-        training = backbone.training
-        backbone.eval()
         rows = _check_rows(config.get_text_config().vocab_size, pad_id, longest)
         batch = PackedBatch.pack(rows, first_position=first_position)
-        exact = copy.deepcopy(backbone).float() if weight.dtype in _HALF else backbone
-        verdict = _compare(exact, batch, pad_id)
-        del exact
-        if verdict is None and packed_path(weight.device, weight.dtype).name == "varlen":
-            verdict = _compare(backbone, batch, pad_id)
-        backbone.train(training)
+        modes = [(module, module.training) for module in backbone.modules()]
+        backbone.eval()
+        try:
+            with torch.autocast(weight.device.type, enabled=False):
+                exact = shallow_copy(backbone) if weight.dtype in _HALF else backbone
+                verdict = _compare(exact, batch, pad_id)
+                del exact
+                if verdict is None and packed_path(weight.device, weight.dtype).name == "varlen":
+                    verdict = _compare(backbone, batch, pad_id)
+        except torch.OutOfMemoryError:
+            return "memory ran out while packed rows were checked"
+        finally:
+            backbone.set_attn_implementation("sdpa")
+            for module, training in modes:
+                module.training = training
         _verdicts[key] = verdict
     if _verdicts[key] is None:
         backbone.set_attn_implementation(ATTENTION)

@@ -25,6 +25,12 @@ def checked_texts(texts: Iterable[str]) -> list[str]:
     return items
 
 
+def vocabulary(tokenizer: Any) -> str:
+    """All that a tokenizer knows, as text."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    return backend.to_str() if backend else repr(sorted(tokenizer.get_vocab().items()))
+
+
 @dataclass(frozen=True)
 class TokenRows:
     """Rows of token ids lying end to end.

@@ -1,11 +1,12 @@
-"""Vectors in a file: safetensors, with what they are in JSON beside them."""
+"""Vectors in one safetensors file, with what they are in its metadata."""
 
 import hashlib
-import json
 import os
 from pathlib import Path
 
 from torch import Tensor
+
+_FORMAT = "torsh-text-vectors"
 
 
 def _replace(target: Path, content: bytes) -> None:
@@ -21,28 +22,57 @@ def _replace(target: Path, content: bytes) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def save_vectors(path: Path, vectors: Tensor, *, model: str, fingerprint: str, texts: int) -> None:
-    """Write vectors to ``path`` and a description to the same name with ``.json``.
+def _holds_vectors(path: Path) -> bool:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            return (file.metadata() or {}).get("format") == _FORMAT
+    except (SafetensorError, OSError):
+        return False
+
+
+def check_target(target: Path, source: Path) -> None:
+    """Refuse to write vectors where something else would be lost.
+
+    Args:
+        target: Where vectors shall go; an earlier file of vectors there may be replaced.
+        source: The file that holds the texts.
+
+    Raises:
+        ValueError: If ``target`` is the source or another file that holds no vectors.
+    """
+    if not target.exists():
+        return
+    if target.samefile(source):
+        raise ValueError(f"out={str(target)!r} is the file of the texts; name another with --out")
+    if not _holds_vectors(target):
+        raise ValueError(
+            f"out={str(target)!r} exists and is no file of vectors; remove it or name another with"
+            " --out"
+        )
+
+
+def save_vectors(path: Path, vectors: Tensor, *, model: str, fingerprint: str) -> None:
+    """Write vectors and their description to ``path``, in one step.
+
+    The metadata holds the format's name and version, the model, its fingerprint and the BLAKE2b
+    sum of the tensor's bytes.
 
     Args:
         path: The safetensors file; its tensor is called ``vectors``.
         vectors: ``(texts, dim)``.
         model: What made them.
         fingerprint: :attr:`torsh_text.Encoder.fingerprint` of the model.
-        texts: How many texts they stand for.
     """
     from safetensors.torch import save
 
-    content = save({"vectors": vectors.cpu().contiguous()})
+    vectors = vectors.cpu().contiguous()
     description = {
-        "format": "torsh-text-vectors",
-        "version": 1,
+        "format": _FORMAT,
+        "version": "1",
         "model": model,
         "fingerprint": fingerprint,
-        "texts": texts,
-        "dim": vectors.shape[1],
-        "blake2b": hashlib.blake2b(content, digest_size=16).hexdigest(),
+        "blake2b": hashlib.blake2b(vectors.numpy().data, digest_size=16).hexdigest(),
     }
-    _replace(path, content)
-    text = json.dumps(description, indent=2, ensure_ascii=False) + "\n"
-    _replace(path.with_suffix(".json"), text.encode())
+    _replace(path, save({"vectors": vectors}, metadata=description))
