@@ -453,3 +453,9 @@ def test_the_order_of_a_batch_is_that_of_the_order(data):
     stream = loader(data)
     order = stream._order
     assert ids(stream) == order(0, np.arange(200)).tolist()
+
+
+def test_a_path_is_no_dataset(tmp_path):
+    for path in (tmp_path, str(tmp_path)):
+        with pytest.raises(TypeError, match=r"is a path; use StreamLoader\(ShardedDataset"):
+            StreamLoader(path, 4)

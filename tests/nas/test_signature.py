@@ -1,3 +1,4 @@
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -52,6 +53,8 @@ def test_private_attributes_count_and_torchs_own_do_not() -> None:
     assert of(Hidden(1), 1) == of(hooked, 1)
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit.:FutureWarning")
+@pytest.mark.filterwarnings("ignore:.torch.jit.:DeprecationWarning")
 def test_modules_with_code_of_their_own_are_unique() -> None:
     traced = [torch.fx.symbolic_trace(Hidden(times)) for times in (1, 60)]
     scripted = [torch.jit.trace(Hidden(times), torch.zeros(1)) for times in (1, 60)]

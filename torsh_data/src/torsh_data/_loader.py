@@ -105,6 +105,10 @@ class StreamLoader:
         world_size: int | None = None,
         prefetch_factor: int = 2,
     ) -> None:
+        if isinstance(dataset, str | os.PathLike):
+            raise TypeError(
+                f"dataset={str(dataset)!r} is a path; use StreamLoader(ShardedDataset(path), ...)"
+            )
         if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
             raise TypeError(
                 f"dataset is a {type(dataset).__name__} without a length and an index; "

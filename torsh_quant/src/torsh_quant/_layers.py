@@ -64,6 +64,9 @@ def require_matches(argument: str, patterns: Sequence[str], names: Sequence[str]
 def model_bytes(model: nn.Module) -> int:
     """Bytes of all parameters and buffers, tied ones counted once.
 
+    Args:
+        model: Float or quantized, on any device.
+
     Example:
         >>> model_bytes(nn.Linear(3, 2))
         32
