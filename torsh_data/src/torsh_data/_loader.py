@@ -4,6 +4,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal, TypeAlias, cast
 
 import numpy as np
@@ -105,7 +106,7 @@ class StreamLoader:
         world_size: int | None = None,
         prefetch_factor: int = 2,
     ) -> None:
-        if isinstance(dataset, str | os.PathLike):
+        if isinstance(dataset, str | Path):
             raise TypeError(
                 f"dataset={str(dataset)!r} is a path; use StreamLoader(ShardedDataset(path), ...)"
             )
