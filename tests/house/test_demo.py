@@ -26,7 +26,7 @@ def test_demo_uses_all_packages_and_writes_one_page(tmp_path):
         assert f"✓ {package}" in result.stdout
         assert package in page
     assert page.count("<svg") >= 6
-    assert not re.search(r'(src|href)="(?!#)', page), "the page must not need other files"
+    assert not re.search(r'(src|href)="(?!#|data:)', page), "the page must not need other files"
 
 
 def test_failing_step_says_what_to_do_and_fails_the_whole(tmp_path):

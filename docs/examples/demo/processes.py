@@ -15,7 +15,7 @@ from torsh_dist import CompressionStats, Int8, Step, compress, init, launch
 from torsh_optim import AdamW
 
 PROCESSES = 2
-TOLERANCE = 0.02  # how far apart the mean losses of the two runs may be, as a share
+TOLERANCE = 0.05  # how far apart the mean losses of the two runs may be, as a share
 
 
 @dataclass(frozen=True)
