@@ -19,8 +19,11 @@ def test_statistics_are_those_of_the_data() -> None:
     assert model[1].momentum == 0.1
 
 
-def test_nothing_to_do() -> None:
-    nas.recalibrate(nn.Linear(1, 1), [])
+def test_a_model_without_statistics_stays_as_it_is() -> None:
+    model = nn.Linear(1, 1)
+    before = model.weight.detach().clone()
+    nas.recalibrate(model, [])
+    assert torch.equal(model.weight, before)
 
 
 def test_refuses_no_data_before_forgetting_anything() -> None:
