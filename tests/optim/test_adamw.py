@@ -91,7 +91,7 @@ def test_torchs_error_inputs(tables: Any) -> None:
         ({"betas": (torch.ones(2), torch.ones(2))}, ValueError, "must be 1-element"),
         ({"weight_decay": -0.1}, ValueError, "Invalid weight_decay value: -0.1"),
         ({"capturable": True}, ValueError, "cannot be captured in a CUDA graph yet"),
-        ({"differentiable": True}, ValueError, "use torch.optim.AdamW to differentiate"),
+        ({"differentiable": True}, ValueError, "use torch.optim to differentiate"),
         ({"foreach": True}, ValueError, "foreach=True is not supported by AdamW; leave it out"),
         ({"foreach": True, "fused": True}, RuntimeError, "cannot be `True` together"),
     ],

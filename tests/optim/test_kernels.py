@@ -1,6 +1,7 @@
 """The kernel against the reference, and what it compiles to."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -136,76 +137,20 @@ def test_nan_stays_visible(triton_adamw: type[AdamW]) -> None:
         assert tensor.isnan().nonzero().tolist() == [[3]]
 
 
-_COMPILE = """
-import json, re, subprocess, sys, tempfile
-import triton, triton.language as tl
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-from torsh_optim import _kernels
-
-try:
-    from triton.backends.nvidia.compiler import get_ptxas
-    try:
-        ptxas = get_ptxas(90).path
-    except TypeError:
-        ptxas = get_ptxas().path
-except ImportError:
-    ptxas = triton.knobs.nvidia.ptxas.path
-
-constants = ["P", "G", "M", "V", "X"]
-found = []
-for dtype in (tl.float32, tl.bfloat16):
-    for amsgrad in (False, True):
-        values = dict.fromkeys(constants, dtype)
-        values |= {"AMSGRAD": amsgrad, "BLOCK": _kernels.BLOCK, "TAIL": _kernels.TAIL}
-        source = ASTSource(
-            fn=_kernels.adamw,
-            signature={"table": "*i64", "hypers": "*fp32", "blocks": "*i32"}
-            | dict.fromkeys(values, "constexpr"),
-            constexprs=values,
-            attrs={(i,): [["tt.divisibility", 16]] for i in range(3)},
-        )
-        options = {
-            "num_warps": _kernels.NUM_WARPS,
-            "maxnreg": _kernels.MAX_REGISTERS,
-            "enable_fp_fusion": True,
-        }
-        compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
-        ptx = compiled.asm["ptx"]
-        with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
-            file.write(ptx)
-            file.flush()
-            arch = re.search(r"[.]target (sm_90a?)", ptx).group(1)
-            command = [ptxas, "-v", f"-arch={arch}", file.name, "-o", file.name + ".cubin"]
-            log = subprocess.run(command, capture_output=True, text=True, check=True).stderr
-        found.append({
-            "amsgrad": amsgrad,
-            "bytes": dtype.primitive_bitwidth // 8,
-            "loads": len(re.findall(r"ld[.]global[.]v4[.]b32", ptx)),
-            "stores": len(re.findall(r"st[.]global[.]v4[.]b32", ptx)),
-            "spills": [int(n) for n in re.findall(r"(\\d+) bytes spill", log)],
-        })
-print(json.dumps(found))
-"""
-
-
 def test_compiles_to_wide_accesses_without_spills() -> None:
     """Every array is read and written 16 bytes at a time; checked without a GPU, for sm_90."""
     pytest.importorskip("triton")
-    import os
-
-    source = Path(__file__).parents[2] / "torsh_optim" / "src"
+    program = Path(__file__).with_name("compile_kernels.py")
+    source = program.parents[2] / "torsh_optim" / "src"
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     env["PYTHONPATH"] = os.pathsep.join([str(source), env.get("PYTHONPATH", "")])
     run = subprocess.run(
-        [sys.executable, "-c", _COMPILE], env=env, capture_output=True, text=True, check=False
+        [sys.executable, str(program)], env=env, capture_output=True, text=True, check=False
     )
     assert run.returncode == 0, run.stderr
     kinds = json.loads(run.stdout.splitlines()[-1])
-    assert len(kinds) == 4
+    assert len(kinds) == 28
     for kind in kinds:
-        accesses = 1024 * kind["bytes"] // (128 * 16)  # of 16 bytes, per thread and array
-        states = 2 + kind["amsgrad"]
-        assert kind["loads"] == (2 + states) * accesses, kind
-        assert kind["stores"] == (1 + states) * accesses, kind
+        assert kind["loads"] == kind["expected_loads"] > 0, kind
+        assert kind["stores"] == kind["expected_stores"], kind
         assert kind["spills"] == [0, 0], kind

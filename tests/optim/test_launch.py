@@ -11,6 +11,7 @@ from torch import Tensor
 
 from torsh_optim import AdamW
 from torsh_optim._launch import _block_map
+from torsh_optim._plan import Hypers
 
 
 def test_block_map_by_hand() -> None:
@@ -29,53 +30,76 @@ def _params(device: str, count: int = 12, **options: Any) -> list[Tensor]:
     return params
 
 
-class _Counting:
-    """Counts launches of an optimizer."""
+@pytest.fixture
+def launched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of the kernels launched, and of the rules of ``update``."""
+    from torsh_optim import _launch
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, opt: AdamW) -> None:
-        self.types: list[list[torch.dtype]] = []
-        launch = opt._launch
+    names: list[str] = []
+    call = _launch._Start.__call__
 
-        def counted(programs: int, *args: Any) -> None:
-            self.types.append(args[3])
-            launch(programs, *args)
+    def counted(start: Any) -> None:
+        name = start._kernel.__name__
+        rules = [arg for arg in start._args if isinstance(arg, str)]
+        names.append(":".join([name, *rules]))
+        call(start)
 
-        monkeypatch.setattr(opt, "_launch", counted)
+    monkeypatch.setattr(_launch._Start, "__call__", counted)
+    return names
 
 
-def test_one_launch_for_all_groups(
-    triton_adamw: type[AdamW], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_one_launch_for_all_groups(triton_adamw: type[AdamW], launched: list[str]) -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     params = _params(device)
-    opt = triton_adamw([{"params": [p], "lr": 0.01 * i} for i, p in enumerate(params)])
-    counting = _Counting(monkeypatch, opt)
+    opt = triton_adamw(
+        [
+            {"params": [p], "lr": 0.01 * i, "betas": (0.1 * (i % 3), 0.9), "amsgrad": i % 2 == 0}
+            for i, p in enumerate(params[:-2])
+        ]
+    )
     for _ in range(3):
         opt.step()
-    assert len(counting.types) == 3
+    assert launched == ["update:adam"] * 3
+    opt.add_param_group({"params": params[-2:]})
+    opt.step()
+    assert launched == ["update:adam"] * 4
     opt.add_param_group({"params": _params(device, 3, dtype=torch.bfloat16)})
     opt.step()
-    assert sorted(map(str, (types[0] for types in counting.types[3:]))) == [
-        "torch.bfloat16",
-        "torch.float32",
-    ]
+    assert launched == ["update:adam"] * 6  # one for each element type
 
 
-def test_only_what_changed_is_written(triton_adamw: type[AdamW]) -> None:
+def test_launches_with_the_norm(triton_adamw: type[AdamW], launched: list[str]) -> None:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    opt = triton_adamw(_params(device), max_grad_norm=1.0)
+    opt.step()
+    assert launched == ["update:norm", "total", "advance:bias", "update:adam"]
+
+
+def test_only_what_changed_is_sent(triton_adamw: type[AdamW]) -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     params = _params(device)
-    opt = triton_adamw(params)
+    opt = triton_adamw([{"params": params[:5]}, {"params": params[5:], "betas": (0.8, 0.9)}])
     opt.step()
     assert opt._plan is not None
     bucket: Any = opt._plan.buckets[0]
-    grads = [param.grad for param in params]
+    grads: list[Tensor | None] = [param.grad for param in params]
+    groups = opt.param_groups
+
+    def write(grads: list[Tensor | None], *, rates: tuple[float, float] = (1e-3, 1e-3)) -> Any:
+        bucket._dirty = 4
+        bucket._write_constants(Hypers(groups, False, list(rates)))
+        bucket._write_entries(Hypers(groups, False, list(rates)), grads, steps)
+        return bucket._dirty, bucket._keys
+
     steps = [2.0] * len(params)
-    changed, keys = bucket._write(opt.param_groups, grads, steps)
-    assert (changed, keys) == (False, [(0, 2.0)])
-    changed, keys = bucket._write(opt.param_groups, [None, *grads[1:]], [1.0, *steps[1:]])
-    assert (changed, keys) == (True, [(0, 2.0)])
-    changed, keys = bucket._write(opt.param_groups, grads, [1.0, *steps[1:]])
-    assert (changed, keys) == (True, [(0, 1.0), (0, 2.0)])
+    factors, entries, constants = 4, 2, 1
+    assert write(grads) == (factors, [(0, 2.0), (1, 2.0)])
+    assert write(grads, rates=(1e-2, 1e-3)) == (constants, [(0, 2.0), (1, 2.0)])
+    assert write(grads, rates=(1e-2, 1e-3))[0] == factors
+    steps = [1.0, *[2.0] * (len(params) - 1)]
+    assert write([None, *grads[1:]], rates=(1e-2, 1e-3)) == (entries, [(0, 2.0), (1, 2.0)])
+    assert write(grads, rates=(1e-2, 1e-3)) == (entries, [(0, 1.0), (0, 2.0), (1, 2.0)])
+    assert bucket._host_entries[:, 1].tolist() == [0, 1, 1, 1, 1, *[2] * 7]
 
 
 @pytest.mark.gpu
@@ -115,7 +139,7 @@ def test_profiler_sees_one_kernel() -> None:
         if event.device_type == torch.autograd.DeviceType.CUDA
         and not event.name.startswith(("Memcpy", "Optimizer", "Memset"))
     ]
-    assert kernels == ["adamw"]
+    assert kernels == ["update"]
 
 
 @pytest.mark.gpu

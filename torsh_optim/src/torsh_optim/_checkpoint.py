@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-FORMAT = 1  # `torsh_version` in the parameter groups of a state
+FORMAT = 2  # `torsh_version` in the parameter groups of a state; 0 is a state of torch.optim
 
 Target = tuple[Tensor, dict[str, Any], str]
 
@@ -19,7 +19,8 @@ def align_groups(
 ) -> list[dict[str, Any]]:
     """Put saved groups and the parameters in them into the order of the optimizer's, by name.
 
-    Without names on both sides the order is kept; so it is when the names differ, with a warning.
+    Without names on both sides the order is kept; so it is, with a warning, when all names differ,
+    as those of a wrapped model do.
 
     Args:
         groups: Parameter groups of the optimizer.
@@ -27,7 +28,8 @@ def align_groups(
         warn: Whether to warn.
 
     Raises:
-        ValueError: The same names are divided into other groups.
+        ValueError: Some names are missing or unexpected, or the same names are divided into other
+            groups.
     """
     names, saved_names = _names(groups), _names(saved_groups)
     if names is None or saved_names is None or len(groups) != len(saved_groups):
@@ -36,12 +38,18 @@ def align_groups(
         return saved_groups
     flat, saved_flat = list(chain(*names)), list(chain(*saved_names))
     if sorted(flat) != sorted(saved_flat) or len(set(flat)) < len(flat):
+        missing = sorted(set(flat) - set(saved_flat))
+        unexpected = sorted(set(saved_flat) - set(flat))
+        if (missing or unexpected) and set(flat) & set(saved_flat):
+            raise ValueError(
+                f"the loaded state is of another model: {_some(missing)} missing in it, "
+                f"{_some(unexpected)} unexpected; rename or remove parameters of the state, or "
+                "remove its param_names to go by position"
+            )
         if warn and list(map(len, names)) == list(map(len, saved_names)):
-            missing = sorted(set(flat) - set(saved_flat))
-            unexpected = sorted(set(saved_flat) - set(flat))
             warnings.warn(
-                "the loaded state names other parameters, so they are matched by position; "
-                f"without state: {missing[:3]}, unknown: {unexpected[:3]}",
+                "the loaded state names other parameters, so they are matched by position: "
+                f"{_some(saved_flat)} there, {_some(flat)} here",
                 stacklevel=3,
             )
         return saved_groups
@@ -69,6 +77,12 @@ def align_groups(
         if members:
             aligned[-1]["param_names"] = list(members)
     return aligned
+
+
+def _some(names: list[str]) -> str:
+    """The first names, and how many more there are."""
+    shown = ", ".join(map(repr, names[:3])) or "nothing"
+    return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more"
 
 
 def _names(groups: list[dict[str, Any]]) -> list[list[str]] | None:
@@ -111,8 +125,67 @@ def match_params(
     return dict(zip(numbers, own, strict=True))
 
 
+def migrated(state_dict: Mapping[str, Any]) -> tuple[dict[Any, Any], list[dict[str, Any]]]:
+    """Bring a saved state to the newest format.
+
+    Args:
+        state_dict: State of any format, also of a torch optimizer; not changed.
+
+    Returns:
+        Its state, with new dictionaries around the same tensors, and a copy of its groups.
+
+    Raises:
+        ValueError: It is no optimizer state, or of a format that is newer than this package.
+    """
+    for key in ("state", "param_groups"):
+        if key not in state_dict:
+            raise ValueError(
+                f"{key!r} is missing in the loaded state, "
+                f"which has {sorted(map(str, state_dict))[:5]}; "
+                "load what an optimizer's state_dict() returned"
+            )
+    state = {
+        key: dict(values) if isinstance(values, Mapping) else values
+        for key, values in state_dict["state"].items()
+    }
+    groups: list[dict[str, Any]] = copy.deepcopy(list(state_dict["param_groups"]))
+    for group in groups:
+        version = group.get("torsh_version", 0)
+        if not isinstance(version, int) or version > FORMAT:
+            raise ValueError(
+                f"torsh_version={version!r} of the loaded state is newer than {FORMAT}, the "
+                "newest this torsh-optim reads; update it to load this state"
+            )
+        for older in range(version, FORMAT):
+            _MIGRATIONS[older](group, [state[n] for n in group["params"] if n in state])
+        group["torsh_version"] = FORMAT
+    return state, groups
+
+
+def _from_torch(group: dict[str, Any], states: list[dict[str, Any]]) -> None:
+    """torch.optim.SGD counts no steps, and may keep an empty momentum_buffer."""
+    for state in states:
+        if "momentum_buffer" in state:
+            started = state["momentum_buffer"] is not None
+            state.setdefault("step", torch.tensor(float(started)))
+            if not started:
+                del state["momentum_buffer"]
+
+
+def _from_1(group: dict[str, Any], states: list[dict[str, Any]]) -> None:
+    """AdamW knew one algorithm; a state continues with it, whatever the optimizer's options."""
+    group.update(decay="lr", cautious=False, adaptive_lr=False, ema_decay=None)
+
+
+_MIGRATIONS = {0: _from_torch, 1: _from_1}
+
+
 def fitted_state(
-    param: Tensor, values: Mapping[str, Any], slots: tuple[str, ...], name: str
+    param: Tensor,
+    values: Mapping[str, Any],
+    slots: tuple[str, ...],
+    late: frozenset[str],
+    name: str,
 ) -> dict[str, Any]:
     """Copy the state of one parameter to its device and memory layout.
 
@@ -120,6 +193,7 @@ def fitted_state(
         param: The parameter.
         values: Its saved state.
         slots: Names of the tensors that must have the parameter's shape.
+        late: Those that may be missing, because an option can be switched on later.
         name: How to call the parameter in messages.
 
     Raises:
@@ -143,9 +217,8 @@ def fitted_state(
             state[key] = value.detach().to(param.device, copy=True)
         else:
             state[key] = copy.deepcopy(value)
-    # max_exp_avg_sq may be new: AMSGrad can be switched on for a state saved without it
     for key in ("step", *slots):
-        if key not in state and key != "max_exp_avg_sq":
+        if key not in state and key not in late:
             raise ValueError(
                 f"{key!r} of {name} is missing in the loaded state, which has {sorted(values)}; "
                 "it was saved by another kind of optimizer"

@@ -3,159 +3,391 @@
 from array import array
 from collections.abc import Callable
 from contextlib import nullcontext
-from itertools import chain
+from itertools import accumulate, chain
+from typing import Any, Protocol
 
 import torch
+import triton.language as tl
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from torsh_optim._plan import Bucket, Group
+from torsh_optim import _kernels
+from torsh_optim._control import D0, Control
+from torsh_optim._plan import Bucket, Group, Hypers, Members
 
-_COLUMNS = (
-    8  # int64 per tensor: parameter, gradient, three states, elements, row of scalars, unused
+_WORDS, _CONSTANTS, _FACTORS, _EXPONENTS = (
+    int(width.value)
+    for width in (_kernels.WORDS, _kernels.CONSTANTS, _kernels.FACTORS, _kernels.EXPONENTS)
 )
-_GRAD, _ELEMENTS, _ROW = 1, 5, 6
-_SCALARS = 8  # float32 per row; the first is the learning rate
+_STATES, _ELEMENTS, _GROUP, _FIRST = 1, 7, 8, 9
+_SLOTS = 6
 _RING = 4  # how many steps the host may be ahead of the device before it waits
+_CHUNK = 1024  # numbers that a reducing kernel takes at once
 
-Scalars = Callable[[Group, float], tuple[float, ...]]
-Launch = Callable[[int, Tensor, Tensor, Tensor, list[torch.dtype], int], None]
+
+class Rule(Protocol):
+    """What the launch table needs to know of an algorithm; the optimizer classes say it."""
+
+    rule: str
+    factors_of: tuple[str, ...]
+    factors_kind: str
+
+    @staticmethod
+    def constants(group: Group) -> tuple[float, ...]:
+        """Learning rate 0, sign of the gradient, decoupled and coupled decay, and eight more."""
+
+    @staticmethod
+    def factors(group: Group, step: float) -> tuple[float, ...]:
+        """Warm-up and three numbers that depend on ``factors_of`` and the step."""
+
+    @staticmethod
+    def exponents(group: Group) -> tuple[float, ...]:
+        """What ``advance`` needs to make the factors on the device."""
 
 
 class LaunchBucket(Bucket):
     """Tensors of all groups that one kernel launch updates.
 
-    Two tables tell the kernel what to do. The block map, ``(programs, 2)`` int32, is built once: it
-    gives each program a tensor and a block inside it. The launch table, ``(tensors, 8)`` int64 and
-    ``(rows, 8)`` float32 behind it, holds addresses and hyper-parameters. It is written on the host
-    and sent through a ring of pinned buffers: the rows in each step, because the bias corrections
-    change, the addresses only when they differ from those sent last.
+    Everything the kernel is told lies in one block of memory, written on the host and sent through
+    a ring of pinned buffers, from the first part that has changed to the end:
+
+    - the table, ``(tensors, 10)`` int64: addresses of parameter and states, sizes, group;
+    - constants, ``(groups, 12)`` float32: learning rate and other hyper-parameters;
+    - entries, ``(tensors, 2)`` int64: address of the gradient, row of factors;
+    - factors, ``(rows, 4)`` float32: what changes in every step. Groups whose factors are equal
+      share a row. With ``control`` the device counts the steps and writes the factors itself.
+
+    The block map, ``(programs, 2)`` int32, gives each program a tensor and a block inside it.
 
     Args:
-        indices: Positions of the parameters in the optimizer.
-        params: Parameters on one device, of one element type.
-        states: State tensors, at most three lists.
-        group_of: Number of the group of each parameter.
-        grad_dtype: Element type of the gradients.
-        scalars: Gives the eight hyper-parameters of a group at a step.
-        launch: Starts the kernel: programs, table, rows, block map, element types, block size.
-        block: Elements a program updates.
+        members: The tensors; at most six states each.
+        rule: The algorithm.
+        groups: The optimizer's parameter groups.
+        control: Norm of the gradients and what follows from it; None if it does not matter.
     """
 
+    has_kernels = True
+
     def __init__(
-        self,
-        indices: list[int],
-        params: list[Tensor],
-        states: list[list[Tensor]],
-        group_of: list[int],
-        grad_dtype: torch.dtype,
-        scalars: Scalars,
-        launch: Launch,
-        block: int,
+        self, members: Members, rule: Rule, groups: list[Group], control: Control | None
     ) -> None:
-        super().__init__(indices, params, states, group_of, grad_dtype)
-        self._scalars = scalars
-        self._launch = launch
-        self._block = block
-        self._device = params[0].device
-        self._types = [params[0].dtype, grad_dtype, *(tensors[0].dtype for tensors in states)]
+        super().__init__(members)
+        self._rule = rule
+        self._rows_of = [*dict.fromkeys(members.group_of)]
+        row_of = {number: row for row, number in enumerate(self._rows_of)}
+        self._row_of = [row_of[number] for number in members.group_of]
+        options = [groups[number] for number in self._rows_of]
+        self._coupled = any(rule.constants(group)[3] != 0.0 for group in options)
+        self._cautious = any(group.get("cautious") for group in options)
+        self._adaptive = any(group.get("adaptive_lr") for group in options)
+        self._on_cuda = self.device.type == "cuda"
+        if control is not None:
+            self.counts = self._adopt(members.steps, self.device)
 
-        elements = _words([p.numel() for p in params])
-        self._blocks = _block_map(elements, block).to(self._device)
+        elements = _words([p.numel() for p in self.local_params])
+        self._empty = [i for i, p in enumerate(self.local_params) if p.numel() == 0]
+        self._blocks = _block_map(elements, _kernels.BLOCK).to(self.device)
+        self._count_of_programs = self._blocks.shape[0]
+        self._lay_out(elements)
+        self._values = torch.empty(0) if control is None else control.values[self.device]
+        self._make_starts(members, control)
 
-        self._active_groups = sorted(set(group_of))
-        row_of_group = {group: row for row, group in enumerate(self._active_groups)}
-        self._group_rows = [row_of_group[group] for group in group_of]
-        self._rows: list[int] = []
-        self._grads: list[int] = []
-
-        count = len(params)
-        self._words = count * _COLUMNS
-        self._host = torch.zeros(
-            self._words + count * _SCALARS // 2, dtype=torch.int64, device="cpu"
-        )
-        self._host_table = self._host[: self._words].view(count, _COLUMNS)
-        self._host_rows = self._host[self._words :].view(torch.float32)
-        self._host_table[:, 0] = _words([p.data_ptr() for p in params])
-        for column, tensors in enumerate(states, start=_GRAD + 1):
-            self._host_table[:, column] = _words([t.data_ptr() for t in tensors])
-        self._host_table[:, _ELEMENTS] = elements
-
-        on_cuda = self._device.type == "cuda"
-        self._sender = _Sender(self._host, self._device) if on_cuda else None
+    def _lay_out(self, elements: Tensor) -> None:
+        count, rows = len(self.params), len(self._rows_of)
+        # all even, so that each part begins at a multiple of 16 bytes
+        sizes = [count * _WORDS, rows * _CONSTANTS // 2, count * 2, count * _FACTORS // 2]
+        self._begin = [0, *accumulate(sizes)]
+        self._host = torch.zeros(self._begin[-1], dtype=torch.int64, device="cpu")
+        self._sender = _Sender(self._host, self.device) if self._on_cuda else None
         sent = self._host if self._sender is None else self._sender.sent
-        self._table = sent[: self._words]
-        self._row_table = sent[self._words :].view(torch.float32)
+        parts = [
+            [block[b : b + size] for b, size in zip(self._begin[:-1], sizes, strict=True)]
+            for block in (self._host, sent)
+        ]
+        self._host_table = parts[0][0].view(count, _WORDS)
+        self._host_constants = parts[0][1].view(torch.float32).view(rows, _CONSTANTS)
+        self._host_entries = parts[0][2].view(count, 2)
+        self._host_factors = parts[0][3].view(torch.float32)
+        self._table, self._constants, self._entries, self._factors = parts[1]
+        self._constants = self._constants.view(torch.float32)
+        self._factors = self._factors.view(torch.float32)
 
-    def run(self, groups: list[Group], grads: list[Tensor | None], steps: list[float]) -> None:
-        programs = self._blocks.shape[0]
-        if programs == 0:
+        self._host_table[:, 0] = _words(self._addresses[:count])
+        for column, row in enumerate(self.states.values()):
+            addresses = [0 if t is None else t.data_ptr() for t in row]
+            self._host_table[:, _STATES + column] = _words(addresses)
+        self._host_table[:, _ELEMENTS] = elements
+        self._host_table[:, _GROUP] = _words(self._row_of)
+        blocks = (elements + _kernels.BLOCK - 1) // _kernels.BLOCK
+        self._host_table[:, _FIRST] = blocks.cumsum(0) - blocks
+
+        self._dirty = 0  # the first part of the block that has to be sent
+        self._grads: list[int] = []
+        self._factor_rows: list[int] = []
+        self._keys: list[tuple[int, float]] = []
+        self._rates: list[Any] = []
+        self._device_rates: list[tuple[int, Tensor]] = []
+        self._kinds: list[int] = []  # for each parameter, the first group with equal factors
+
+    def _make_starts(self, members: Members, control: Control | None) -> None:
+        """Prepare the launches: all that is passed to them stays where it is."""
+        types = [self.local_params[0].dtype, members.grad_dtype]
+        used = 0
+        for slot, row in enumerate(self.states.values()):
+            present = [t.dtype for t in row if t is not None]
+            used |= bool(present) << slot
+            types.append(present[0] if present else types[0])
+        types += [types[0]] * (_SLOTS + 2 - len(types))
+        names = ("P", "G", *(f"S{i}" for i in range(_SLOTS)))
+        elements = {
+            name: getattr(tl, str(dtype).removeprefix("torch."))
+            for name, dtype in zip(names, types, strict=True)
+        }
+        count, programs = len(self.params), self._count_of_programs
+        lamb = self._rule.rule == "lamb"
+        sums = 2 * (lamb or self._cautious or self._adaptive)
+        new = {"device": self.device, "dtype": torch.float32}
+        self._sums = torch.zeros(max(1, count * sums), **new)
+        self._partials = torch.zeros(max(1, programs * sums), **new)
+        nothing = self._sums
+        factors = self._factors
+        if control is not None:
+            factors = torch.zeros(count * _FACTORS, **new)
+
+        def start(rule: str, partials: int, *, controlled: bool = control is not None) -> _Start:
+            return _Start(
+                _kernels.update,
+                programs,
+                [
+                    *(self._table, self._entries, self._constants, factors, self._blocks),
+                    *(self._sums, self._values if controlled else nothing, self._partials),
+                    *(elements[name] for name in names),
+                    *(rule, used, self._coupled, self._cautious and rule == "adam"),
+                    *(controlled, partials, _kernels.BLOCK, _kernels.TAIL),
+                ],
+                num_warps=_kernels.NUM_WARPS,
+                maxnreg=_kernels.registers(used, cautious=self._cautious),
+            )
+
+        self._starts: list[Callable[[], None]] = []
+        first = "lamb_moments" if lamb else "agree" if self._cautious else ""
+        if first:
+            self._starts.append(start(first, 2))
+            args = [self._table, self._partials, self._sums, _kernels.BLOCK, _CHUNK]
+            self._starts.append(_Start(_kernels.tensor_sums, count, args))
+            if self.shards is not None:
+                shards = self.shards
+                self._starts.append(lambda: shards.add_up(self._sums))
+        self._starts.append(start(self._rule.rule, 2 * self._adaptive))
+        if control is None:
             return
-        changed, keys = self._write(groups, grads, steps)
+
+        elements_of = self._host_table[:, _ELEMENTS]
+        self._norm_blocks = _block_map(elements_of, _kernels.NORM_BLOCK).to(self.device)
+        norms = max(1, self._norm_blocks.shape[0])
+        self._norm_partials = torch.zeros(norms, **new)
+        self._square = torch.zeros(1, dtype=torch.float64, device=self.device)
+        self._estimates = torch.zeros(2, dtype=torch.float64, device=self.device)
+        args = [
+            *(self._table, self._entries, self._constants, factors, self._norm_blocks),
+            *(self._sums, nothing, self._norm_partials),
+            *(elements[name] for name in names),
+            *("norm", 0, False, False, False, 1, _kernels.NORM_BLOCK, _kernels.TAIL),
+        ]
+        norm = _Start(_kernels.update, self._norm_blocks.shape[0], args, num_warps=4)
+        args = [self._norm_partials, self._square, norms, 1, _CHUNK]
+        self._norm_starts = [norm, _Start(_kernels.total, 1, args, num_warps=8)]
+        args = [self._partials, self._estimates, programs, 2, _CHUNK]
+        self._total_estimates = _Start(_kernels.total, 2, args, num_warps=8)
+
+        exponents = torch.empty(len(self._rows_of), _EXPONENTS, dtype=torch.float64)
+        self._exponents = exponents.to(self.device)
+        args = [
+            *(self._table, self._entries, self._exponents, self.counts, self._values, factors),
+            *(count, self._rule.factors_kind, 128),
+        ]
+        self._starts.insert(0, _Start(_kernels.advance, (count + 127) // 128, args))
+        self._controlled = True
+
+    _controlled = False
+
+    def write(self, hypers: Hypers, grads: list[Tensor | None]) -> None:
+        self._write_constants(hypers)
+        steps = None if self._controlled else self._count(grads)
+        self._write_entries(hypers, grads, steps)
+        if self._sender is not None:
+            with self._here():
+                self._sender.send(self._begin[self._dirty], self._used)
+        self._dirty = 4
+        for row, rate in self._device_rates:  # read on the device: no synchronisation
+            self._constants[row * _CONSTANTS].copy_(rate.reshape(()), non_blocking=True)
+
+    def run(self, hypers: Hypers, grads: list[Tensor | None], control: Control | None) -> None:
+        with self._here():
+            for start in self._starts:
+                start()
+            if self._sender is not None:
+                self._sender.mark()
         # the kernel knows addresses only: without this a graph that saved a parameter would not
         # notice that its value has changed
-        increment_version(
-            [param for param, grad in zip(self.params, grads, strict=True) if grad is not None]
-        )
-        with self._on_device():
-            if self._sender is None:
-                self._start(programs, groups, keys)
-                return
-            used = len(keys) * _SCALARS // 2
-            first = 0 if changed else self._words
-            self._sender.send(first, self._words + used)
-            self._start(programs, groups, keys)
-            self._sender.mark()
+        written = self.params
+        if not self._complete:
+            written = [p for p, grad in zip(written, grads, strict=True) if grad is not None]
+        increment_version(written)
 
-    def _write(
-        self, groups: list[Group], grads: list[Tensor | None], steps: list[float]
-    ) -> tuple[bool, list[tuple[int, float]]]:
-        """Write what changed into the host's table; say whether addresses or row numbers did."""
+    def square_norm(self, grads: list[Tensor | None]) -> Tensor:
+        with self._here():
+            for start in self._norm_starts:
+                start()
+        return self._square
+
+    def estimate_sums(self) -> Tensor:
+        """Give the two sums from which Prodigy's step size is estimated: ``(2,)``, float64."""
+        with self._here():
+            self._total_estimates()
+        if self.shards is not None:
+            self.shards.add_up(self._estimates)
+        return self._estimates
+
+    def _write_constants(self, hypers: Hypers) -> None:
+        if hypers.changed or not self._kinds:
+            groups = [hypers.groups[number] for number in self._rows_of]
+            rows = [self._rule.constants(group) for group in groups]
+            for row, values in enumerate(rows):
+                self._host_constants[row, : len(values)] = torch.tensor(
+                    values, dtype=torch.float32, device="cpu"
+                )
+            first: dict[tuple[Any, ...], int] = {}
+            kinds = [
+                first.setdefault(tuple(group[key] for key in self._rule.factors_of), number)
+                for group, number in zip(groups, self._rows_of, strict=True)
+            ]
+            self._kinds = [kinds[row] for row in self._row_of]
+            self._rates = []
+            self._keys = []
+            if self._controlled:
+                exponents = torch.zeros(len(rows), _EXPONENTS, dtype=torch.float64, device="cpu")
+                for row, group in enumerate(groups):
+                    values = self._rule.exponents(group)
+                    exponents[row, : len(values)] = torch.tensor(values, dtype=torch.float64)
+                self._exponents.copy_(exponents)
+        rates = hypers.rates
+        if len(self._rows_of) != len(rates):
+            rates = [rates[number] for number in self._rows_of]
+        if any(map(_is_tensor, rates)):
+            pairs = enumerate(rates)
+            self._device_rates = [(i, r) for i, r in pairs if _is_tensor(r) and not r.is_cpu]
+            rates = [float(r) if not _is_tensor(r) or r.is_cpu else 0.0 for r in rates]
+        else:
+            self._device_rates = []
+        if rates != self._rates:
+            self._host_constants[:, 0] = torch.frombuffer(array("f", rates), dtype=torch.float32)
+            self._rates = list(rates)
+            self._dirty = min(self._dirty, 1)
+
+    def _write_entries(
+        self, hypers: Hypers, grads: list[Tensor | None], steps: list[float] | None
+    ) -> None:
+        """Write the addresses of the gradients and the factors of the step, where they changed."""
         try:
             addresses = list(map(Tensor.data_ptr, grads))  # pyrefly: ignore[bad-argument-type]
             complete = True
         except TypeError:  # a gradient is missing: address 0 makes the kernel pass it by
             addresses = [0 if grad is None else grad.data_ptr() for grad in grads]
             complete = False
+        for i in self._empty:  # no memory, but a step to count
+            if grads[i] is not None:
+                addresses[i] = 16
+        if addresses != self._grads:
+            self._host_entries[:, 0] = _words(addresses)
+            self._grads = addresses
+            self._dirty = min(self._dirty, 2)
+        self._used = self._begin[3]
+        self._complete = complete
+        if steps is None:
+            if not self._factor_rows:
+                self._factor_rows = list(range(len(grads)))
+                self._host_entries[:, 1] = _words(self._factor_rows)
+                self._dirty = min(self._dirty, 2)
+            return
         if complete and steps.count(steps[0]) == len(steps):
-            rows = self._group_rows
-            keys = [(group, steps[0]) for group in self._active_groups]
+            if self._keys and self._keys[0][1] != 0.0 and self._uniform:
+                keys = [(kind, steps[0]) for kind, _ in self._keys]
+                rows = self._factor_rows
+            else:
+                kinds = {kind: row for row, kind in enumerate(dict.fromkeys(self._kinds))}
+                keys = [(kind, steps[0]) for kind in kinds]
+                rows = [kinds[kind] for kind in self._kinds]
+            self._uniform = True
         else:
             numbers: dict[tuple[int, float], int] = {}
             rows = [
-                0 if grad is None else numbers.setdefault((group, step), len(numbers))
-                for grad, group, step in zip(grads, self.group_of, steps, strict=True)
+                0 if grad is None else numbers.setdefault((kind, step), len(numbers))
+                for grad, kind, step in zip(grads, self._kinds, steps, strict=True)
             ]
             keys = list(numbers)
+            self._uniform = False
+        if rows is not self._factor_rows and rows != self._factor_rows:
+            self._host_entries[:, 1] = _words(rows)
+            self._dirty = min(self._dirty, 2)
+        self._factor_rows, self._keys = rows, keys
+        numbers_of = self._rule.factors
+        values = array(
+            "f",
+            chain.from_iterable(numbers_of(hypers.groups[kind], step) for kind, step in keys),
+        )
+        if values:
+            self._host_factors[: len(values)] = torch.frombuffer(values, dtype=torch.float32)
+        self._used += (len(values) + 1) // 2
 
-        changed = False
-        for column, current, last in (
-            (_GRAD, addresses, self._grads),
-            (_ROW, rows, self._rows),
-        ):
-            if current != last:
-                self._host_table[:, column] = _words(current)
-                changed = True
-        self._grads, self._rows = addresses, rows
+    _uniform = False
+    _complete = False
+    _used = 0
 
-        if keys:
-            values = array(
-                "f", chain.from_iterable(self._scalars(groups[group], step) for group, step in keys)
-            )
-            self._host_rows[: len(values)] = torch.frombuffer(values, dtype=torch.float32)
-        return changed, keys
-
-    def _start(self, programs: int, groups: list[Group], keys: list[tuple[int, float]]) -> None:
-        for row, (group, _) in enumerate(keys):
-            lr = groups[group]["lr"]
-            if isinstance(lr, Tensor) and not lr.is_cpu:  # read on the device: no synchronisation
-                self._row_table[row * _SCALARS].copy_(lr.reshape(()), non_blocking=True)
-        self._launch(programs, self._table, self._row_table, self._blocks, self._types, self._block)
-
-    def _on_device(self) -> torch.cuda.device | nullcontext[None]:
-        if self._sender is None or torch.cuda.current_device() == self._device.index:
+    def _here(self) -> torch.cuda.device | nullcontext[None]:
+        if not self._on_cuda or torch.cuda.current_device() == self.device.index:
             return nullcontext()
-        return torch.cuda.device(self._device)
+        return torch.cuda.device(self.device)
+
+
+class _Start:
+    """A launch with arguments that stay the same.
+
+    The first goes through Triton's dispatcher, which compiles the kernel; the others start the
+    compiled kernel, which saves about half of the host's time.
+    """
+
+    def __init__(self, kernel: Any, programs: int, args: list[Any], **options: Any) -> None:
+        self._kernel = kernel
+        self._programs = programs
+        self._args = args
+        self._options = options
+        self._again: Callable[..., None] | None = None
+
+    def __call__(self) -> None:
+        if self._again is not None:
+            self._again(*self._args)
+        elif self._programs:
+            grid = (self._programs, 1, 1)
+            compiled = self._kernel[grid](*self._args, **self._options)
+            if compiled is not None:  # the interpreter has nothing to give
+                self._again = compiled[grid]
+
+
+def decide(square: Tensor, values: Tensor) -> None:
+    """Start the kernel ``decide``."""
+    start: Any = _kernels.decide
+    start[(1,)](square, values)
+
+
+def estimate(sums: Tensor, values: Tensor) -> None:
+    """Start the kernel ``estimate``."""
+    start: Any = _kernels.estimate
+    start[(1,)](sums, values, 1.0 / D0)
+
+
+def _is_tensor(value: Any) -> bool:
+    return isinstance(value, Tensor)
 
 
 def _words(numbers: list[int]) -> Tensor:
@@ -174,7 +406,7 @@ def _block_map(elements: Tensor, block: int) -> Tensor:
 class _Sender:
     """Copies a host tensor to the device without waiting, through a ring of pinned buffers.
 
-    A buffer is written again only after the launch that needed its copy has finished, so neither
+    A buffer is written again only after the launches that needed its copy have finished, so neither
     the buffer nor the device's table is overwritten while it is still in use.
     """
 
@@ -193,9 +425,10 @@ class _Sender:
             stream.wait_event(self._done[self._turn - 1])  # the last launch may still read `sent`
         self._stream = stream
         self._done[self._turn].synchronize()
-        pinned = self._ring[self._turn][first:last]
-        pinned.copy_(self._host[first:last])
-        self.sent[first:last].copy_(pinned, non_blocking=True)
+        if first < last:
+            pinned = self._ring[self._turn][first:last]
+            pinned.copy_(self._host[first:last])
+            self.sent[first:last].copy_(pinned, non_blocking=True)
 
     def mark(self) -> None:
         """Note that all work which needs the last copy has been queued."""

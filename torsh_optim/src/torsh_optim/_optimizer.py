@@ -1,10 +1,9 @@
 """The engine under the optimizers: options, state, choice of implementation, the step."""
 
-import copy
 import difflib
 import importlib.util
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import chain
 from operator import attrgetter, itemgetter
 from typing import Any, ClassVar, Literal, overload
@@ -13,13 +12,15 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from torsh_optim._checkpoint import FORMAT, align_groups, fitted_state, match_params
-from torsh_optim._plan import Bucket, Group, GroupBucket, Plan
+from torsh_optim._checkpoint import FORMAT, align_groups, fitted_state, match_params, migrated
+from torsh_optim._control import D0, Control, Scaler
+from torsh_optim._plan import Batch, Bucket, Group, GroupBucket, Hypers, Members, Plan
+from torsh_optim._shards import local, shards_of
 
 ParamsT = (
     Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]  # as torch.optim's
 )
-Implementation = Literal["cpu-fused", "triton", "reference"]
+Implementation = Literal["cpu-fused", "cpu-chunked", "triton", "reference"]
 
 # Options that others keep in parameter groups: schedulers, torch.optim.swa_utils, timm.
 _FOREIGN = {
@@ -28,84 +29,115 @@ _FOREIGN = {
 }
 # How to compute, not what: an optimizer keeps its own when it loads a state.
 _OWN_OPTIONS = ("foreach", "capturable", "differentiable", "fused")
+# One value for the whole optimizer, although each group carries it.
+_SHARED_OPTIONS = ("max_grad_norm", "skip_nonfinite", "adaptive_lr")
+_NOT_SUPPORTED = (
+    ("foreach", "leave it out: one launch needs no lists"),
+    ("capturable", "a step cannot be captured in a CUDA graph yet"),
+    ("differentiable", "use torch.optim to differentiate through a step"),
+)
 
+_SCALARS = ("step", "d", "d_numerator")
 _FLOATS = {torch.float32, torch.bfloat16, torch.float16}
 _grad = attrgetter("grad")
 _params = itemgetter("params")
+_lr = itemgetter("lr")
 
 
 class FusedOptimizer(Optimizer):
     """Optimizer whose step is one call for all tensors that can share it.
 
-    A subclass defines an algorithm: the state tensors (``_slots``), the hyper-parameters of a step
-    (``_scalars``), and the same update three times: as a Triton kernel over a launch table
-    (``_launch``), as torch's own fused CPU kernel (``_update_cpu``) and as a plain loop
-    (``_update_reference``), which defines the result.
+    A subclass defines an algorithm: its states, its hyper-parameters, and the same update as a rule
+    of the Triton kernel (``rule``, ``constants``, ``factors``, ``exponents``), as a plain loop
+    (``_update_reference``), which defines the result, and perhaps as torch's own fused CPU kernel
+    (``_update_cpu``).
 
     All options live in ``param_groups`` and all state in ``state``; attributes with a leading
     underscore are caches, rebuilt when missing.
     """
 
-    # In order of preference. Without "cpu-fused" and under TRITON_INTERPRET=1 the Triton kernels
+    # In order of preference. Under TRITON_INTERPRET=1 and without the first two, the Triton kernels
     # also take CPU tensors: that is how they are tested where there is no GPU.
-    _implementations: ClassVar[tuple[Implementation, ...]] = ("cpu-fused", "triton", "reference")
-    _bucket_options: ClassVar[tuple[str, ...]] = ("fused",)
+    _implementations: ClassVar[tuple[Implementation, ...]] = (
+        *("cpu-fused", "cpu-chunked", "triton", "reference"),
+    )
+    slot_names: ClassVar[tuple[str, ...]]
+    late_slots: ClassVar[frozenset[str]] = frozenset()  # an option may ask for them at any time
+    rule: ClassVar[str]
+    factors_of: ClassVar[tuple[str, ...]] = ("warmup_steps",)
+    factors_kind: ClassVar[str] = "none"
 
     _plan: Plan | None = None
+    _control: Control | None = None
+    _options: list[tuple[Any, ...]] | None = None
+    _options_of: Callable[[Group], tuple[Any, ...]] | None = None
+    _kinds: list[Any] | None = None
+    _tensor_options: bool = False
     _warned: frozenset[str] = frozenset()
 
     # --- what an algorithm defines ---
 
     def _check(self, group: Group) -> None:
         """Raise ValueError for hyper-parameters out of range."""
-        raise NotImplementedError
+        lr = group["lr"]
+        if isinstance(lr, Tensor) and lr.numel() != 1:
+            raise ValueError(f"Tensor lr must be 1-element, got shape {tuple(lr.shape)}")
+        if not lr >= 0.0:
+            raise ValueError(f"Invalid learning rate: {lr}; it must be at least 0")
+        if not group["weight_decay"] >= 0.0:
+            raise ValueError(
+                f"Invalid weight_decay value: {group['weight_decay']}; it must be at least 0"
+            )
+        warmup = group["warmup_steps"]
+        if isinstance(warmup, bool) or not isinstance(warmup, int) or warmup < 0:
+            raise ValueError(f"warmup_steps={warmup!r} must be an integer of at least 0")
+        max_norm = group["max_grad_norm"]
+        if max_norm is not None and not max_norm > 0.0:
+            raise ValueError(
+                f"max_grad_norm={max_norm} must be above 0; math.inf measures without clipping, "
+                "None does neither"
+            )
+        if group.get("foreach") and group["fused"]:
+            raise RuntimeError("`fused` and `foreach` cannot be `True` together.")
+        for option, instead in _NOT_SUPPORTED:
+            if group.get(option):
+                raise ValueError(
+                    f"{option}=True is not supported by {type(self).__name__}; {instead}"
+                )
 
     def _slots(self, group: Group) -> tuple[str, ...]:
         """Names of the state tensors that have the shape of the parameter."""
+        return self.slot_names
+
+    def _initial(self, slot: str, param: Tensor) -> Tensor:
+        """First value of a state tensor."""
+        return torch.zeros_like(param, memory_format=torch.preserve_format)
+
+    @staticmethod
+    def constants(group: Group) -> tuple[float, ...]:
+        """Learning rate 0, sign of the gradient, decoupled and coupled decay, and eight more."""
         raise NotImplementedError
 
-    def _scalars(self, group: Group, step: float) -> tuple[float, ...]:
-        """Eight hyper-parameters for the kernel, the learning rate first, from float64."""
+    @staticmethod
+    def factors(group: Group, step: float) -> tuple[float, ...]:
+        """Warm-up and three numbers that depend on ``factors_of`` and the step."""
+        return (ramp(group, step), 0.0, 0.0, 0.0)
+
+    @staticmethod
+    def exponents(group: Group) -> tuple[float, ...]:
+        """What the device needs to make the factors itself, warm-up first."""
+        return (group["warmup_steps"],)
+
+    def _update_cpu(self, batch: Batch) -> None:
+        """Update tensors with torch's fused CPU kernel."""
         raise NotImplementedError
 
-    def _block(self) -> int:
-        """Elements that one program of the kernel updates."""
-        raise NotImplementedError
+    def _has_update_cpu(self, group: Group) -> bool:
+        """Whether ``_update_cpu`` knows the options of a group."""
+        return False
 
-    def _launch(
-        self,
-        programs: int,
-        table: Tensor,
-        scalars: Tensor,
-        blocks: Tensor,
-        types: list[torch.dtype],
-        block: int,
-    ) -> None:
-        """Start the kernel once."""
-        raise NotImplementedError
-
-    def _update_cpu(
-        self,
-        group: Group,
-        params: list[Tensor],
-        grads: list[Tensor],
-        states: list[list[Tensor]],
-        steps: list[Tensor],
-        numbers: list[float],
-    ) -> None:
-        """Update tensors of one group and element type with torch's fused CPU kernel."""
-        raise NotImplementedError
-
-    def _update_reference(
-        self,
-        group: Group,
-        params: list[Tensor],
-        grads: list[Tensor],
-        states: list[list[Tensor]],
-        steps: list[Tensor],
-        numbers: list[float],
-    ) -> None:
-        """Update tensors of one group one after the other."""
+    def _update_reference(self, batch: Batch) -> None:
+        """Update tensors one after the other."""
         raise NotImplementedError
 
     # --- parameter groups ---
@@ -130,7 +162,15 @@ class FusedOptimizer(Optimizer):
                         f"{hint}Options are {', '.join(sorted(self.defaults))}; "
                         "notes of your own may be called 'name' or start with an underscore"
                     )
-            self._check({**self.defaults, **param_group})
+            full = {**self.defaults, **param_group}
+            self._check(full)
+            for key in _SHARED_OPTIONS:
+                if key in full and any(group[key] != full[key] for group in self.param_groups):
+                    raise ValueError(
+                        f"{key}={full[key]!r} in a parameter group, "
+                        f"{self.param_groups[0][key]!r} in others; it holds for the whole "
+                        "optimizer: set it there"
+                    )
         super().add_param_group(param_group)
         _drop_duplicates(self.param_groups[-1])
         self._plan = None
@@ -139,7 +179,7 @@ class FusedOptimizer(Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         state = self.state.__class__(dict)
-        state.update(_with_own_steps(self.state))
+        state.update(_with_own_scalars(self.state))
         return {**super().__getstate__(), "state": state}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -153,7 +193,7 @@ class FusedOptimizer(Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """Return state and groups as ``torch.optim`` does, with copies of the step counters."""
         state_dict = super().state_dict()
-        return {**state_dict, "state": _with_own_steps(state_dict["state"])}
+        return {**state_dict, "state": _with_own_scalars(state_dict["state"])}
 
     @torch._disable_dynamo
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -177,30 +217,27 @@ class FusedOptimizer(Optimizer):
             if result is not None:
                 state_dict = result
 
-        saved_groups: list[Group] = copy.deepcopy(state_dict["param_groups"])
-        for group in saved_groups:
-            version = group.get("torsh_version", FORMAT)
-            if version > FORMAT:
-                raise ValueError(
-                    f"torsh_version={version} of the loaded state is newer than {FORMAT}, the "
-                    "newest this torsh-optim reads; update it to load this state"
-                )
+        saved_state, saved_groups = migrated(state_dict)
         saved_groups = align_groups(self.param_groups, saved_groups)
         targets = match_params(self.param_groups, saved_groups)
-
-        state: dict[Any, Any] = {}
-        for key, values in state_dict["state"].items():
-            if key in targets:
-                param, group, name = targets[key]
-                state[param] = fitted_state(param, values, self._slots(group), name)
-            else:
-                state[key] = values
 
         groups: list[Group] = []
         for own, saved in zip(self.param_groups, saved_groups, strict=True):
             kept = {key: own[key] for key in ("params", "param_names", *_OWN_OPTIONS) if key in own}
-            groups.append({**self.defaults, **saved, **kept, "torsh_version": FORMAT})
+            groups.append({**self.defaults, **own, **saved, **kept, "torsh_version": FORMAT})
             self._check(groups[-1])
+        loaded_of = {
+            id(param): group for group in groups for param in group["params"]
+        }  # the options that will hold decide which states are wanted
+
+        state: dict[Any, Any] = {}
+        for key, values in saved_state.items():
+            if key in targets:
+                param, _, name = targets[key]
+                slots = self._slots(loaded_of[id(param)])
+                state[param] = fitted_state(param, values, slots, self.late_slots, name)
+            else:
+                state[key] = values
         restored = self.state.__class__(dict)
         restored.update(state)
         self.__setstate__({"state": restored, "param_groups": groups})
@@ -245,24 +282,50 @@ class FusedOptimizer(Optimizer):
             raise RuntimeError(
                 f"a step of {type(self).__name__} cannot be captured in a CUDA graph: it sends "
                 "hyper-parameters from the host; step outside of the graph, or use "
-                f"torch.optim.{type(self).__name__}(capturable=True)"
+                f"an optimizer of torch.optim with capturable=True"
             )
-        params: list[Tensor] = list(chain.from_iterable(map(_params, self.param_groups)))
+        groups = self.param_groups
+        params: list[Tensor] = list(chain.from_iterable(map(_params, groups)))
         grads: list[Tensor | None] = list(map(_grad, params))
-        sizes = map(len, map(_params, self.param_groups))
-        options = [*map(itemgetter(*self._bucket_options), self.param_groups), *sizes]
-        if (
+        sizes = list(map(len, map(_params, groups)))
+        if self._options_of is None:
+            self._options_of = itemgetter(*(key for key in self.defaults if key != "lr"))
+        options = list(map(self._options_of, groups))
+        changed = options != self._options
+        if changed and self._plan is not None and self._kinds_of(groups) != self._kinds:
+            self._plan = None
+        hypers = Hypers(groups, changed or self._tensor_options, list(map(_lr, groups)))
+        scaler = Scaler(getattr(self, "grad_scale", None), getattr(self, "found_inf", None))
+        if not (
             self._plan is not None
-            and self._plan.matches(params, grads, self.state, options)
-            and self._plan.run(self.param_groups, grads)
+            and self._plan.matches(params, grads, self.state, sizes)
+            and self._plan.run(hypers, grads, scaler)
         ):
-            return
-        self._plan = self._make_plan(params, grads, options)
-        if not self._plan.run(self.param_groups, grads):
-            raise AssertionError("a new plan does not fit its own tensors")
+            self._kinds = self._kinds_of(groups)
+            self._plan = self._make_plan(params, grads, sizes)
+            hypers = Hypers(groups, True, hypers.rates)
+            if not self._plan.run(hypers, grads, scaler):
+                raise AssertionError("a new plan does not fit its own tensors")
+        if changed:
+            self._options = options
+            self._tensor_options = any(map(_holds_tensor, chain.from_iterable(options)))
+
+    def _kinds_of(self, groups: list[Group]) -> list[Any]:
+        """What of the options decides between buckets and between kernels."""
+        return [
+            (
+                self._slots(group),
+                group["fused"],
+                group["max_grad_norm"] is None,
+                self._has_update_cpu(group),
+                self.constants(group)[3] != 0.0,
+                group.get("cautious"),
+            )
+            for group in groups
+        ]
 
     def _make_plan(
-        self, params: list[Tensor], grads: list[Tensor | None], options: list[Any]
+        self, params: list[Tensor], grads: list[Tensor | None], sizes: list[int]
     ) -> Plan:
         members: dict[tuple[Any, ...], list[tuple[int, int]]] = {}
         group_of = [i for i, group in enumerate(self.param_groups) for _ in group["params"]]
@@ -270,19 +333,61 @@ class FusedOptimizer(Optimizer):
             if grad is None and not self.state.get(param):
                 continue
             group = self.param_groups[number]
-            slots = self._initialize(param, grad, group)
+            self._initialize(param, grad, group)
             grad_dtype = param.dtype if grad is None else grad.dtype
-            tensors = [self.state[param][slot] for slot in slots]
-            implementation, reason = self._choose(param, grad_dtype, tensors, group)
+            implementation, reason = self._choose(param, grad_dtype, group)
             self._say(implementation, reason, param, group)
             owner = () if implementation == "triton" else (number,)
-            key = (implementation, param.device, param.dtype, grad_dtype, slots, *_dtypes(tensors))
-            members.setdefault((*key, *owner), []).append((index, number))
-        buckets = [self._bucket(key, entries, params) for key, entries in members.items()]
-        return Plan(params, buckets, self.state, options)
+            shards = shards_of(param)
+            spread = () if shards is None else shards.key
+            dtypes = [
+                self.state[param][slot].dtype if slot in self.state[param] else param.dtype
+                for slot in self.slot_names
+            ]
+            device = local(param).device
+            key = (implementation, device, param.dtype, grad_dtype, *dtypes, spread, *owner)
+            members.setdefault(key, []).append((index, number))
 
-    def _initialize(self, param: Tensor, grad: Tensor | None, group: Group) -> tuple[str, ...]:
-        """Create the state tensors that are missing; return their names."""
+        if self.param_groups and (
+            self.param_groups[0]["max_grad_norm"] is not None
+            or self.param_groups[0].get("adaptive_lr")
+        ):
+            self._control = self._control or Control()
+        else:
+            self._control = None
+        kinds = [(key[0], self._members(key, entries, params)) for key, entries in members.items()]
+        if self._control is not None:
+            self._control.prepare([(local(m.params[0]).device, k == "triton") for k, m in kinds])
+            self._control.adopt([self.state[param] for param in params if param in self.state])
+        buckets = [self._bucket(implementation, found) for implementation, found in kinds]
+        return Plan(params, buckets, self.state, sizes, self._control)
+
+    def _members(
+        self, key: tuple[Any, ...], entries: list[tuple[int, int]], params: list[Tensor]
+    ) -> Members:
+        mine = [params[index] for index, _ in entries]
+        return Members(
+            [index for index, _ in entries],
+            mine,
+            {slot: [self.state[param].get(slot) for param in mine] for slot in self.slot_names},
+            [self.state[param]["step"] for param in mine],
+            [number for _, number in entries],
+            key[3],
+            shards_of(mine[0]),
+        )
+
+    def _bucket(self, implementation: Implementation, members: Members) -> Bucket:
+        if implementation == "triton":
+            from torsh_optim._launch import LaunchBucket
+
+            return LaunchBucket(members, type(self), self.param_groups, self._control)
+        if implementation == "cpu-fused":
+            return GroupBucket(members, self._update_cpu, any_layout=False)
+        any_layout = implementation == "reference"
+        return GroupBucket(members, self._update_reference, any_layout=any_layout)
+
+    def _initialize(self, param: Tensor, grad: Tensor | None, group: Group) -> None:
+        """Create the state tensors that are missing."""
         name = type(self).__name__
         if grad is not None and grad.layout is not torch.strided:
             raise RuntimeError(
@@ -299,35 +404,49 @@ class FusedOptimizer(Optimizer):
                 "clear the gradient of a parameter that you resize"
             )
         state = self.state[param]
-        slots = self._slots(group)
         if "step" not in state:
             state["step"] = torch.zeros((), dtype=torch.float32, device="cpu")
-        for slot in slots:
+        if group.get("adaptive_lr"):
+            if param.dtype == torch.float16:
+                raise RuntimeError(
+                    "adaptive_lr=True takes float32 or bfloat16 parameters: its states would "
+                    "vanish in float16"
+                )
+            for key, value in (("d", D0), ("d_numerator", 0.0)):
+                if key not in state:
+                    state[key] = torch.tensor(value, dtype=torch.float32, device="cpu")
+        for slot in self._slots(group):
             if slot not in state:
-                state[slot] = torch.zeros_like(param, memory_format=torch.preserve_format)
+                state[slot] = self._initial(slot, param)
             elif state[slot].shape != param.shape:
                 raise RuntimeError(
                     f"state {slot!r} has shape {tuple(state[slot].shape)}, its parameter "
                     f"{tuple(param.shape)}; delete the state of a parameter that you resize"
                 )
-        return slots
 
     def _choose(
-        self, param: Tensor, grad_dtype: torch.dtype, states: list[Tensor], group: Group
+        self, param: Tensor, grad_dtype: torch.dtype, group: Group
     ) -> tuple[Implementation, str | None]:
         """Pick the implementation for a parameter; say why if it is the slow one."""
         if group["fused"] is False:
             return "reference", None
-        if type(param) not in (Tensor, torch.nn.Parameter):
+        state = self.state.get(param, {})  # one that is made later is like its parameter
+        states = [local(state[slot]) for slot in self._slots(group) if slot in state]
+        if shards_of(param) is None and type(param) not in (Tensor, torch.nn.Parameter):
             return "reference", f"it is a {type(param).__name__}"
+        param = local(param)
         if torch.empty_like(param, device="meta").stride() != param.stride():
             return "reference", "it does not fill a block of memory"
         if any(tensor.stride() != param.stride() for tensor in states):
             return "reference", "its state has another memory layout"
-        everything = {param.dtype, grad_dtype, *_dtypes(states)}
+        everything = {param.dtype, grad_dtype, *(tensor.dtype for tensor in states)}
+        same = len(everything) == 1
         for candidate in self._implementations:
-            if candidate == "cpu-fused" and param.is_cpu:
-                if len(everything) == 1 and everything <= {*_FLOATS, torch.float64}:
+            if candidate == "cpu-fused" and param.is_cpu and self._has_update_cpu(group):
+                if same and everything <= {*_FLOATS, torch.float64}:
+                    return candidate, None
+            elif candidate == "cpu-chunked" and param.is_cpu and not self._has_update_cpu(group):
+                if everything <= {*_FLOATS, torch.float64}:
                     return candidate, None
             elif candidate == "triton" and (param.is_cuda or (param.is_cpu and _interpreting())):
                 if importlib.util.find_spec("triton") is None:
@@ -354,50 +473,85 @@ class FusedOptimizer(Optimizer):
                 stacklevel=7,
             )
 
-    def _bucket(
-        self, key: tuple[Any, ...], entries: list[tuple[int, int]], params: list[Tensor]
-    ) -> Bucket:
-        implementation, grad_dtype, slots = key[0], key[3], key[4]
-        indices = [index for index, _ in entries]
-        group_of = [number for _, number in entries]
-        mine = [params[index] for index in indices]
-        states = [[self.state[param][slot] for param in mine] for slot in slots]
-        common = (indices, mine, states, group_of, grad_dtype)
-        if implementation == "triton":
-            from torsh_optim._launch import LaunchBucket
-
-            return LaunchBucket(*common, self._scalars, self._launch, self._block())
-        if implementation == "cpu-fused":
-            return GroupBucket(*common, self._update_cpu, any_layout=False)
-        return GroupBucket(*common, self._update_reference, any_layout=True)
+    # --- what happened ---
 
     @property
     def implementation(self) -> str:
-        """What updates the parameters: ``triton``, ``cpu-fused`` or ``reference``.
+        """What updates the parameters: ``triton``, ``cpu-fused``, ``cpu-chunked``, ``reference``.
 
         Several are joined by ``+`` when parameters differ.
         """
         found: set[str] = set()
         for group in self.param_groups:
             for param in group["params"]:
-                state = self.state.get(
-                    param, {}
-                )  # a state that is made later is like its parameter
-                states = [state[slot] for slot in self._slots(group) if slot in state]
                 grad_dtype = param.dtype if param.grad is None else param.grad.dtype
-                found.add(self._choose(param, grad_dtype, states, group)[0])
+                found.add(self._choose(param, grad_dtype, group)[0])
         return "+".join(sorted(found))
 
+    @property
+    def grad_norm(self) -> Tensor | None:
+        """Norm of all gradients in the last step, before clipping: a 0-d float32 tensor.
 
-def _dtypes(tensors: Iterable[Tensor]) -> list[torch.dtype]:
-    return [tensor.dtype for tensor in tensors]
+        It lies on the parameters' device and changes with each step; reading it as a number waits
+        for the device. None before the first step and without ``max_grad_norm``.
+        """
+        if self._control is None or not self.param_groups[0]["max_grad_norm"]:
+            return None
+        return self._control.lead[2]
+
+    @property
+    def skipped_steps(self) -> Tensor:
+        """Steps left out because a gradient was not finite: 0-d, on the parameters' device."""
+        return torch.zeros(()) if self._control is None else self._control.lead[3]
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        # True makes GradScaler leave unscaling and skipping to the step, which then looks at all
+        # gradients anyway; it also makes Lightning refuse to clip, so only where the step clips.
+        return any(group["max_grad_norm"] is not None for group in self.param_groups)
+
+    def last_lr(self) -> list[float]:
+        """Learning rate of each group in the last step, after warm-up and adaptation.
+
+        Waits for the device if the steps are counted there. A group whose parameters have not been
+        updated yet is as at its first step.
+        """
+        rates = []
+        for group in self.param_groups:
+            states = [self.state[param] for param in group["params"] if self.state.get(param)]
+            step = max((float(state["step"]) for state in states), default=1.0)
+            rate = float(group["lr"]) * ramp(group, max(step, 1.0))
+            if group.get("adaptive_lr"):
+                rate *= float(states[0]["d"]) if states else D0
+            rates.append(rate)
+        return rates
 
 
-def _with_own_steps(state: Mapping[Any, Any]) -> dict[Any, Any]:
-    """Copy the step counters: pickled, each view would take the storage of all with it."""
+def ramp(group: Group, step: float) -> float:
+    """Factor of the learning rate while it warms up: 1 / n, 2 / n, ... 1."""
+    warmup: int = group["warmup_steps"]
+    return step / warmup if step < warmup else 1.0
+
+
+def sign(group: Group) -> float:
+    """Factor of the gradient: -1 to go up."""
+    return -1.0 if group["maximize"] else 1.0
+
+
+def _holds_tensor(value: Any) -> bool:
+    return isinstance(value, Tensor) or (
+        isinstance(value, Sequence) and any(isinstance(part, Tensor) for part in value)
+    )
+
+
+def _with_own_scalars(state: Mapping[Any, Any]) -> dict[Any, Any]:
+    """Copy the 0-d tensors: pickled, each view would take the storage of all with it."""
     return {
-        key: {**values, "step": values["step"].clone()}
-        if isinstance(values, dict) and isinstance(values.get("step"), Tensor)
+        key: {
+            name: value.clone() if name in _SCALARS and isinstance(value, Tensor) else value
+            for name, value in values.items()
+        }
+        if isinstance(values, dict)
         else values
         for key, values in state.items()
     }

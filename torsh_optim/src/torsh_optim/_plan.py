@@ -1,52 +1,107 @@
 """Which tensors a step updates with which call, kept from step to step while it stays true."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from itertools import chain
-from operator import attrgetter, is_, is_not
+from operator import is_, is_not
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
+from torsh_optim._control import Control, Scaler
+from torsh_optim._layout import Layout
+from torsh_optim._shards import Shards, local
+
 Group = dict[str, Any]
 
-_dtype = attrgetter("dtype")
-_shape = attrgetter("shape")
-_taken = partial(is_not, None)
+_present = partial(is_not, None)
+
+
+@dataclass(frozen=True)
+class Hypers:
+    """Hyper-parameters of a step.
+
+    Attributes:
+        groups: The optimizer's parameter groups.
+        changed: Whether an option other than the learning rate may have changed.
+        rates: Learning rate of each group.
+    """
+
+    groups: list[Group]
+    changed: bool
+    rates: list[Any]
+
+
+@dataclass(frozen=True)
+class Members:
+    """Parameters that one call can update, and all that belongs to them.
+
+    Attributes:
+        indices: Positions of the parameters in the optimizer.
+        params: Parameters on one device, of one element type.
+        states: State tensors, a list for each name in the order of the launch table; None where a
+            parameter has no such state.
+        steps: Step counters, 0-d.
+        group_of: Number of the group of each parameter.
+        grad_dtype: Element type of the gradients.
+        shards: How the parameters are spread over processes; None if they are whole.
+    """
+
+    indices: list[int]
+    params: list[Tensor]
+    states: dict[str, list[Tensor | None]]
+    steps: list[Tensor]
+    group_of: list[int]
+    grad_dtype: torch.dtype
+    shards: Shards | None
 
 
 class Bucket:
     """Tensors updated by one call: same implementation, device and element types.
 
-    Attributes:
-        params: The parameters.
-        states: State tensors, one list per name, each as long as ``params``.
-        group_of: Number of the parameter group of each parameter.
-        steps: Step counters of the parameters: 0-d views of one tensor of the plan.
+    Args:
+        members: The tensors.
+        any_layout: Take gradients as they are, whatever their memory layout.
     """
 
-    def __init__(
-        self,
-        indices: list[int],
-        params: list[Tensor],
-        states: list[list[Tensor]],
-        group_of: list[int],
-        grad_dtype: torch.dtype,
-    ) -> None:
-        self.indices = indices
-        self.params = params
-        self.states = states
-        self.group_of = group_of
-        self.grad_dtype = grad_dtype
-        self.steps: list[Tensor] = []
-        self._kept = [*params, *chain.from_iterable(states)]
-        self._addresses = list(map(Tensor.data_ptr, self._kept))
-        self._dtypes = {params[0].dtype}
-        self._shapes = list(map(_shape, params))
-        contiguous = all(p.is_contiguous() for p in params)
-        self._strides = None if contiguous else [p.stride() for p in params]
+    has_kernels = False  # whether it leaves what it computes on the device
+
+    def __init__(self, members: Members, *, any_layout: bool = False) -> None:
+        self.indices = members.indices
+        self.group_of = members.group_of
+        self.grad_dtype = members.grad_dtype
+        self.shards = members.shards
+        self.params = members.params
+        self.states = {
+            name: [None if state is None else local(state) for state in row]
+            for name, row in members.states.items()
+        }
+        self.device = local(members.params[0]).device
+        self._any_layout = any_layout
+        states = [t for row in members.states.values() for t in row if t is not None]
+        self._kept = [*members.params, *states]
+        self._addresses = list(map(Tensor.data_ptr, self._whole(self._kept)))
+        self.local_params = self._whole(members.params)
+        self._param_layout = Layout(self.local_params)
+        self._grad_layout: Layout | None = None
+        self.counts = self._adopt(members.steps, torch.device("cpu"))
+
+    def _whole(self, tensors: list[Tensor]) -> list[Tensor]:
+        return tensors if self.shards is None else list(map(local, tensors))
+
+    def _adopt(self, steps: list[Tensor], device: torch.device) -> Tensor:
+        """Lay the step counters into one tensor, so that one addition advances all.
+
+        The 0-d tensors in the state stay the same objects; only their memory becomes a view.
+        """
+        self.steps = steps
+        counts = torch.tensor([float(step) for step in steps], dtype=torch.float32, device=device)
+        for step, view in zip(steps, counts.unbind(), strict=True):
+            step.data = view
+        return counts
 
     def collect(self, grads: list[Tensor | None]) -> list[Tensor | None] | None:
         """Give the gradients in the memory layout of their parameters.
@@ -55,105 +110,131 @@ class Bucket:
             grads: This bucket's gradients; None where a parameter has none.
 
         Returns:
-            The same list, with a copy in place of each gradient that is laid out differently; or
-            None if the bucket no longer fits: tensors moved or changed shape, layout or type.
+            The gradients, of shards the local part, with a copy in place of each that is laid out
+            differently; or None if the bucket no longer fits: tensors moved or changed shape,
+            layout or type.
         """
-        if list(map(Tensor.data_ptr, self._kept)) != self._addresses:
+        params = self._whole(self.params)
+        if (
+            list(map(Tensor.data_ptr, self._whole(self._kept))) != self._addresses
+            or not self._param_layout.matches(params)  # `param.data = param.data.t()`
+        ):
             return None
-        if not self._all_fit(self.params, self._dtypes):  # `param.data = param.data.t()`
-            return None
-        if self._all_fit(grads, {self.grad_dtype}):
+        if self.shards is not None:
+            grads = self.shards.local_grads(grads)
+        if self._grad_layout is not None and self._grad_layout.matches(grads):
             return grads
         collected = list(grads)
-        for i, (param, grad) in enumerate(zip(self.params, grads, strict=True)):
+        for i, (param, grad) in enumerate(zip(params, grads, strict=True)):
             if grad is None:
                 continue
-            if not self._takes(param, grad):
+            if (
+                grad.layout is not torch.strided
+                or grad.dtype != self.grad_dtype
+                or grad.shape != param.shape
+                or grad.device != param.device
+            ):
                 return None
-            if grad.stride() != param.stride() or grad.is_neg():
+            if not self._any_layout and (grad.stride() != param.stride() or grad.is_neg()):
                 collected[i] = torch.empty_like(param, dtype=grad.dtype).copy_(grad)
+        present = [grad for grad in collected if grad is not None]
+        if len(present) == len(params) and all(map(is_, present, grads)):
+            self._grad_layout = Layout(present)
         return collected
 
-    def _all_fit(self, tensors: list[Any], dtypes: set[torch.dtype]) -> bool:
-        """Whether all are there and laid out as the parameters were, at C speed."""
-        try:
-            if self._strides is None:
-                same_layout = all(map(Tensor.is_contiguous, tensors))
-            else:
-                same_layout = list(map(Tensor.stride, tensors)) == self._strides
-            same_shape = list(map(_shape, tensors)) == self._shapes
-        except (TypeError, RuntimeError, AttributeError):  # None, or a sparse tensor
-            return False
-        return same_layout and same_shape and set(map(_dtype, tensors)) == dtypes
-
-    def _takes(self, param: Tensor, grad: Tensor) -> bool:
-        return (
-            grad.layout is torch.strided
-            and grad.dtype == self.grad_dtype
-            and grad.shape == param.shape
-        )
-
-    def run(self, groups: list[Group], grads: list[Tensor | None], steps: list[float]) -> None:
+    def run(self, hypers: Hypers, grads: list[Tensor | None], control: Control | None) -> None:
         """Update the parameters that have a gradient.
 
         Args:
-            groups: The optimizer's parameter groups.
+            hypers: Hyper-parameters of this step.
             grads: What ``collect`` returned.
-            steps: Number of this step for each parameter.
+            control: Norm of the gradients and what follows from it; None if it does not matter.
         """
         raise NotImplementedError
 
+    def write(self, hypers: Hypers, grads: list[Tensor | None]) -> None:
+        """Get ready for this step, before the norm of the gradients is taken."""
 
-GroupUpdate = Callable[
-    [Group, list[Tensor], list[Tensor], list[list[Tensor]], list[Tensor], list[float]], None
-]
+    def square_norm(self, grads: list[Tensor | None]) -> Tensor:
+        """Give the sum of the squares of all gradients: 0-d, float64, on this bucket's device."""
+        norms = torch._foreach_norm([grad for grad in grads if grad is not None])
+        if not norms:
+            return torch.zeros((), dtype=torch.float64, device=self.device)
+        return torch.stack([norm.double() for norm in norms]).square().sum()
+
+    def estimate_sums(self) -> Tensor:
+        """Give the two sums from which Prodigy's step size is estimated."""
+        raise NotImplementedError
+
+    def _count(self, grads: list[Tensor | None]) -> list[float]:
+        """Count the step of each parameter with a gradient; give all counts."""
+        if all(map(_present, grads)):
+            self.counts.add_(1.0)
+        else:
+            taken = [float(grad is not None) for grad in grads]
+            self.counts.add_(torch.tensor(taken, dtype=torch.float32, device="cpu"))
+        return self.counts.tolist()
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Tensors of one group for an update by torch functions.
+
+    Attributes:
+        group: Their group.
+        params: Parameters with a gradient; of shards the local part.
+        grads: Their gradients, to be multiplied by ``scale``.
+        states: State tensors, a list for each name that the group uses.
+        steps: Step counters.
+        numbers: Their values.
+        scale: Factor of the gradients.
+        shards: How the parameters are spread over processes.
+        control: Where the estimates of the whole optimizer are kept.
+    """
+
+    group: Group
+    params: list[Tensor]
+    grads: list[Tensor]
+    states: dict[str, list[Tensor]]
+    steps: list[Tensor]
+    numbers: list[float]
+    scale: float
+    shards: Shards | None
+    control: Control | None
 
 
 class GroupBucket(Bucket):
     """Parameters of one group, updated by a function over lists of tensors."""
 
     def __init__(
-        self,
-        indices: list[int],
-        params: list[Tensor],
-        states: list[list[Tensor]],
-        group_of: list[int],
-        grad_dtype: torch.dtype,
-        update: GroupUpdate,
-        *,
-        any_layout: bool,
+        self, members: Members, update: Callable[[Batch], None], *, any_layout: bool
     ) -> None:
+        super().__init__(members, any_layout=any_layout)
         self._update = update
-        self._any_layout = any_layout
-        super().__init__(indices, params, [] if any_layout else states, group_of, grad_dtype)
-        self.states = states
+        present = {name: [t for t in row if t is not None] for name, row in self.states.items()}
+        self._used = {name: row for name, row in present.items() if row}
 
-    def collect(self, grads: list[Tensor | None]) -> list[Tensor | None] | None:
-        if not self._any_layout:
-            return super().collect(grads)
-        if not self._all_fit(self.params, self._dtypes):
-            return None
-        for param, grad in zip(self.params, grads, strict=True):
-            if grad is not None and not self._takes(param, grad):
-                return None
-        return grads
-
-    def run(self, groups: list[Group], grads: list[Tensor | None], steps: list[float]) -> None:
-        group = groups[self.group_of[0]]
+    def run(self, hypers: Hypers, grads: list[Tensor | None], control: Control | None) -> None:
         keep = [i for i, grad in enumerate(grads) if grad is not None]
-        if not keep:
+        scale = 1.0 if control is None else control.scale(self.device)
+        if not keep or scale is None:
             return
-        params = [self.params[i] for i in keep]
-        self._update(
-            group,
+        numbers = self._count(grads)
+        params = [self.local_params[i] for i in keep]
+        batch = Batch(
+            hypers.groups[self.group_of[0]],
             params,
             [grad for grad in grads if grad is not None],
-            [[tensors[i] for i in keep] for tensors in self.states],
+            {name: [row[i] for i in keep] for name, row in self._used.items()},
             [self.steps[i] for i in keep],
-            [steps[i] for i in keep],
+            [numbers[i] for i in keep],
+            scale,
+            self.shards,
+            control,
         )
+        self._update(batch)
         if not self._any_layout:  # torch's fused kernels do not tell autograd what they wrote
-            increment_version(params)
+            increment_version([self.params[i] for i in keep])
 
 
 class Plan:
@@ -163,7 +244,8 @@ class Plan:
         params: All parameters in the order of the groups.
         buckets: Buckets over the members, the parameters that have state.
         states: The optimizer's state.
-        options: What decides between buckets: options and sizes of the groups.
+        sizes: Number of parameters of each group.
+        control: What the norm of the gradients decides, if it is wanted.
     """
 
     def __init__(
@@ -171,76 +253,59 @@ class Plan:
         params: list[Tensor],
         buckets: list[Bucket],
         states: dict[Tensor, dict[str, Any]],
-        options: list[Any],
+        sizes: list[int],
+        control: Control | None,
     ) -> None:
         self.buckets = buckets
         self._params = params
-        self._options = options
+        self._sizes = sizes
+        self._control = control
         self._values = list(chain.from_iterable(map(dict.values, states.values())))
         members = list(chain.from_iterable(bucket.indices for bucket in buckets))
         self._idle = sorted(set(range(len(params))) - set(members))
-        self._in_order = members == list(range(len(params)))
-        self._counts = self._adopt([states[params[i]]["step"] for i in members])
-
-    def _adopt(self, steps: list[Tensor]) -> Tensor:
-        """Lay the step counters into one tensor, so that one addition advances all.
-
-        The 0-d tensors in the state stay the same objects; only their memory becomes a view.
-        """
-        counts = torch.tensor([float(step) for step in steps], dtype=torch.float32, device="cpu")
-        for step, view in zip(steps, counts.unbind(), strict=True):
-            step.data = view
-        remaining = iter(steps)
-        for bucket in self.buckets:
-            bucket.steps = [next(remaining) for _ in bucket.indices]
-        return counts
+        self._whole = len(buckets) == 1 and members == list(range(len(params)))
 
     def matches(
         self,
         params: list[Tensor],
         grads: list[Tensor | None],
         states: dict[Tensor, dict[str, Any]],
-        options: list[Any],
+        sizes: list[int],
     ) -> bool:
-        """Whether parameters, state tensors and options are still those of this plan."""
+        """Whether parameters, state tensors and groups are still those of this plan."""
         values = list(chain.from_iterable(map(dict.values, states.values())))
         return (
             len(params) == len(self._params)
             and len(values) == len(self._values)
             and all(map(is_, params, self._params))
             and all(map(is_, values, self._values))
-            and options == self._options
+            and sizes == self._sizes
             and all(grads[i] is None for i in self._idle)
         )
 
-    def run(self, groups: list[Group], grads: list[Tensor | None]) -> bool:
+    def run(self, hypers: Hypers, grads: list[Tensor | None], scaler: Scaler) -> bool:
         """Take a step with all buckets.
 
         Args:
-            groups: The optimizer's parameter groups.
+            hypers: Hyper-parameters of this step.
             grads: Gradients of all parameters, in the order of the groups.
+            scaler: What ``GradScaler`` handed over.
 
         Returns:
             False, with nothing changed, if a bucket no longer fits its tensors.
         """
         collected: list[list[Tensor | None]] = []
         for bucket in self.buckets:
-            whole = self._in_order and len(self.buckets) == 1
-            mine = bucket.collect(grads if whole else [grads[i] for i in bucket.indices])
+            mine = bucket.collect(grads if self._whole else [grads[i] for i in bucket.indices])
             if mine is None:
                 return False
             collected.append(mine)
-        steps = self._advance(collected)
-        first = 0
         for bucket, mine in zip(self.buckets, collected, strict=True):
-            bucket.run(groups, mine, steps[first : first + len(mine)])
-            first += len(mine)
+            bucket.write(hypers, mine)
+        if self._control is not None:
+            self._control.decide(self.buckets, collected, hypers.groups[0], scaler)
+        for bucket, mine in zip(self.buckets, collected, strict=True):
+            bucket.run(hypers, mine, self._control)
+        if self._control is not None:
+            self._control.finish(self.buckets, hypers.groups[0])
         return True
-
-    def _advance(self, collected: list[list[Tensor | None]]) -> list[float]:
-        taken = list(map(_taken, chain.from_iterable(collected)))
-        if all(taken):
-            self._counts.add_(1.0)
-        else:
-            self._counts.add_(torch.tensor(taken, dtype=torch.float32, device="cpu"))
-        return self._counts.tolist()
