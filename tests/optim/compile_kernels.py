@@ -41,7 +41,6 @@ KINDS = {
     "sgd momentum": ("sgd", 0b000001, True, False, False, 0, 3, 2),
     "lamb moments": ("lamb_moments", 0b000011, False, False, True, 2, 4, 2),
     "lamb": ("lamb", 0b000011, False, False, True, 0, 3, 1),
-    "lookahead": ("lookahead", 0b000001, False, False, False, 0, 2, 2),
     "norm": ("norm", 0b000000, False, False, False, 1, 1, 0),
 }
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from torsh_optim._checkpoint import FORMAT
 from torsh_optim._control import D0
-from torsh_optim._optimizer import FusedOptimizer, ParamsT, ramp, sign
+from torsh_optim._optimizer import FusedOptimizer, ParamsT, inverse, ramp, sign
 from torsh_optim._plan import Batch, Group
 from torsh_optim._reference import adam_, agreement, chunks, prodigy_
 
@@ -144,7 +144,6 @@ class AdvancedAdam(FusedOptimizer):
             "ema_decay": ema_decay,
             "torsh_version": FORMAT,
         }
-        self._check(defaults)
         super().__init__(params, defaults)
 
     def _check(self, group: Group) -> None:
@@ -272,12 +271,28 @@ class AdvancedAdam(FusedOptimizer):
                 amsgrad=group["amsgrad"],
                 maximize=group["maximize"],
                 # divides the gradients, in place
-                grad_scale=None if batch.scale == 1.0 else torch.tensor(1.0 / batch.scale),
+                grad_scale=None if batch.scale == 1.0 else inverse(batch.scale),
             )
             if "ema" in states:
                 torch._foreach_lerp_(states["ema"], params, 1.0 - group["ema_decay"])
 
-    def _update_reference(self, batch: Batch) -> None:
+    def _wants_sums(self, group: Group) -> bool:
+        return bool(group["cautious"])
+
+    def _measure(self, batch: Batch) -> Tensor:
+        group = batch.group
+        beta1, l2 = float(group["betas"][0]), _decays(group)[1]
+        scale = batch.scale * sign(group)
+        counts = torch.zeros(
+            len(batch.params), 2, dtype=torch.float64, device=batch.grads[0].device
+        )
+        members = zip(batch.params, batch.grads, batch.states["exp_avg"], strict=True)
+        for i, tensors in enumerate(members):
+            for p, g, m in chunks(*tensors):
+                counts[i] += agreement(p, g, m, beta1=beta1, l2=l2, scale=scale)
+        return counts
+
+    def _update_reference(self, batch: Batch) -> Tensor | None:
         group = batch.group
         decoupled, coupled = _decays(group)
         beta1, beta2 = map(float, group["betas"])
@@ -285,7 +300,7 @@ class AdvancedAdam(FusedOptimizer):
         scale = batch.scale * sign(group)
         common = {"beta1": beta1, "beta2": beta2, "eps": group["eps"], "decay": decoupled}
         common |= {"l2": coupled, "scale": scale, "ema_weight": ema_weight}
-        estimates = torch.zeros(2, dtype=torch.float64)
+        estimates = torch.zeros(2, dtype=torch.float64, device="cpu")
         for i, (param, grad) in enumerate(zip(batch.params, batch.grads, strict=True)):
             states: list[Any] = [
                 batch.states[slot][i] if slot in batch.states else None for slot in self.slot_names
@@ -303,16 +318,11 @@ class AdvancedAdam(FusedOptimizer):
                 continue
             agreeing = None
             if group["cautious"]:
-                counts = agreement(param, grad, states[0], beta1=beta1, l2=coupled, scale=scale)
-                if batch.shards is not None:
-                    batch.shards.add_up(counts)
-                agreeing = max(1e-3, float(counts[0] / counts[1]))
+                agree, count = batch.sums[i]
+                agreeing = max(1e-3, agree / max(1.0, count))
             for p, g, m, v, x, e in chunks(param, grad, *states[:4]):
                 adam_(p, g, m, v, x, e, step=step, lr=lr, agreeing=agreeing, **common)
-        if group["adaptive_lr"] and batch.control is not None:
-            if batch.shards is not None:
-                batch.shards.add_up(estimates)
-            batch.control.add_estimate(estimates)
+        return estimates if group["adaptive_lr"] else None
 
 
 def _decays(group: Group) -> tuple[float, float]:

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from torsh_optim._shards import spread_like
+
 FORMAT = 2  # `torsh_version` in the parameter groups of a state; 0 is a state of torch.optim
 
 Target = tuple[Tensor, dict[str, Any], str]
@@ -167,7 +169,7 @@ def _from_torch(group: dict[str, Any], states: list[dict[str, Any]]) -> None:
     for state in states:
         if "momentum_buffer" in state:
             started = state["momentum_buffer"] is not None
-            state.setdefault("step", torch.tensor(float(started)))
+            state.setdefault("step", torch.tensor(float(started), device="cpu"))
             if not started:
                 del state["momentum_buffer"]
 
@@ -212,7 +214,7 @@ def fitted_state(
                     f"{key!r} of {name} in the loaded state is {found}, but the parameter has "
                     f"shape {tuple(param.shape)}; load a state saved for this model"
                 )
-            state[key] = torch.empty_like(param, dtype=value.dtype).copy_(value).detach()
+            state[key] = spread_like(param, value, f"{key!r} of {name} in the loaded state")
         elif isinstance(value, Tensor):
             state[key] = value.detach().to(param.device, copy=True)
         else:

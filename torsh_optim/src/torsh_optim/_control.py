@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from torsh_optim._shards import Spread
+
 if TYPE_CHECKING:
     from torsh_optim._plan import Bucket
 
@@ -44,7 +46,7 @@ class Control:
         self._lead = torch.device("cpu")
         self._written: dict[int, float] = {}
         self._square = torch.zeros(1, dtype=torch.float64, device="cpu")
-        self._estimates: list[Tensor] = []
+        self._estimates = torch.zeros(2, dtype=torch.float64, device="cpu")
 
     def prepare(self, buckets: list[tuple[torch.device, bool]]) -> None:
         """Have values on the devices of the buckets.
@@ -52,18 +54,17 @@ class Control:
         Args:
             buckets: Device of each bucket, and whether it has kernels: those decide for all.
         """
-        if not buckets:
-            return
         old = self.values.get(self._lead)
         if old is None:
             start = [1.0, 1.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0, math.inf, 1.0, 0.0, 0.0]
             old = torch.tensor(start, dtype=torch.float32, device="cpu")
-        devices = [device for device, _ in buckets]
+        devices = [device for device, _ in buckets] or [self._lead]  # no parameter has a gradient
         leads = [device for device, has_kernels in buckets if has_kernels]
         self._kernels = bool(leads)
         self._lead = (leads or devices)[0]
         self.values = {device: old.to(device, copy=True) for device in dict.fromkeys(devices)}
         self._square = torch.zeros(1, dtype=torch.float64, device=self._lead)
+        self._estimates = torch.zeros(2, dtype=torch.float64, device=self._lead)
         self._written = {}
 
     @property
@@ -90,6 +91,7 @@ class Control:
         collected: list[list[Tensor | None]],
         group: dict[str, Any],
         scaler: Scaler,
+        spread: Spread,
     ) -> None:
         """Measure the gradients of all buckets, and write what follows into the values."""
         max_norm = group["max_grad_norm"]
@@ -99,12 +101,11 @@ class Control:
         self._write(9, float(group["skip_nonfinite"]))
         self._take(_SCALE, scaler.grad_scale, 1.0)
         self._take(_FOUND_INF, scaler.found_inf, 0.0)
-        self._square.zero_()
-        for bucket, grads in zip(buckets, collected, strict=True):
-            square = bucket.square_norm(grads)
-            if bucket.shards is not None:
-                bucket.shards.add_up(square)
-            self._square.add_(square.to(self._lead, non_blocking=True))
+        squares = [
+            (bucket.axes, bucket.square_norm(grads))
+            for bucket, grads in zip(buckets, collected, strict=True)
+        ]
+        spread.total(squares, self._square)
         if self._kernels:
             from torsh_optim import _launch
 
@@ -142,30 +143,22 @@ class Control:
         """The step size estimate."""
         return float(self.lead[_D])
 
-    def add_estimate(self, sums: Tensor) -> None:
-        """Note the two sums from which the step size is estimated."""
-        self._estimates.append(sums)
-
-    def finish(self, buckets: list["Bucket"], group: dict[str, Any]) -> None:
+    def finish(self, buckets: list["Bucket"], group: dict[str, Any], spread: Spread) -> None:
         """Raise the step size estimate after a step."""
         if not group.get("adaptive_lr"):
             return
         self._write(10, math.sqrt(float(group["betas"][1])))
-        sums = self._estimates + [
-            bucket.estimate_sums() for bucket in buckets if bucket.has_kernels
-        ]
-        self._estimates = []
-        if not sums:
+        found = [(bucket.axes, bucket.estimate_sums()) for bucket in buckets]
+        sums = [(axes, part) for axes, part in found if part is not None]
+        if not sums and not spread.axes:
             return
-        whole = sums[0].to(self._lead, non_blocking=True)
-        for other in sums[1:]:
-            whole = whole + other.to(self._lead, non_blocking=True)
+        spread.total(sums, self._estimates)
         if self._kernels:
             from torsh_optim import _launch
 
-            _launch.estimate(whole, self.lead)
+            _launch.estimate(self._estimates, self.lead)
         else:
-            estimate_(whole, self.lead)
+            estimate_(self._estimates, self.lead)
         self._spread()
 
 
@@ -209,6 +202,7 @@ def estimate_(sums: Tensor, values: Tensor) -> None:
         return
     d = values[_D]
     numerator = values[10] * values[_NUMERATOR] + d * d / D0 * sums[0].float()
-    reached = torch.where(sums[1] > 0.0, numerator / sums[1].float(), d)
+    if not float(sums[1]) > 0.0:  # nothing has been learnt
+        return
     values[_NUMERATOR] = numerator
-    values[_D] = torch.where(reached > d, reached, d)
+    values[_D] = torch.maximum(d, numerator / sums[1].float())

@@ -43,9 +43,10 @@ class Finding:
         device: Device, with its name.
         dtype: Element type of the parameters.
         implementation: ``triton``, ``cpu-fused``, ``cpu-chunked`` or ``reference``.
-        max_error: Largest difference of a parameter, or of the norm of the gradients relative to
-            itself, from the plain loop after ten steps of size 1e-3, in units of the last place of
-            the element type at 1, with the norm at least of float32's; None if nothing was run.
+        max_error: Largest difference from the plain loop after ten steps of size 1e-3, of a
+            parameter, of a state (relative to its largest number, if that is above 1) or of the
+            norm of the gradients (relative to itself), in units of the last place of the element
+            type at 1, with the norm at least of float32's; None if nothing was run.
         remedy: What to do where a slow path runs; empty where nothing is to be done.
     """
 
@@ -182,7 +183,13 @@ def _examine(device: torch.device, dtype: torch.dtype, algorithm: str, run: bool
 
 def _max_error(opt: FusedOptimizer, reference: FusedOptimizer, dtype: torch.dtype) -> float:
     pairs = zip(opt.param_groups[0]["params"], reference.param_groups[0]["params"], strict=True)
-    errors = [float((a.detach() - b.detach()).abs().max()) for a, b in pairs]
+    errors: list[float] = []
+    for mine, theirs in pairs:
+        tensors = [(mine.detach(), theirs.detach())]
+        tensors += [(opt.state[mine][key], t) for key, t in reference.state[theirs].items()]
+        for found, expected in tensors:
+            size = max(1.0, float(expected.abs().max()))
+            errors.append(float((found - expected).abs().max()) / size)
     unit = torch.finfo(dtype).eps
     if opt.grad_norm is not None and reference.grad_norm is not None:
         unit = max(unit, torch.finfo(torch.float32).eps)  # in which the gradients are scaled

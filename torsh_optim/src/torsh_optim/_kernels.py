@@ -74,8 +74,10 @@ def _adam(
         s = tl.load(s_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
         first = tl.sum(tl.where(mask, g * (z - p), 0.0)) * lr
         weight = tl.where(tl.load(constants + 10) != 0.0, 1.0, lr)
-        s = tl.load(constants + 9) * s + weight * tl.load(constants + 11) * d * d * g
-        second = tl.sum(tl.where(mask, tl.abs(s), 0.0))
+        added = tl.load(constants + 9) * s + weight * tl.load(constants + 11) * d * d * g
+        live = tl.where(lr != 0.0, 1.0, 0.0)  # a frozen group has no part in the estimate
+        s = tl.where(live != 0.0, added, s)
+        second = tl.sum(tl.where(mask, tl.abs(s), 0.0)) * live
         tl.store(s_ptr + offsets, s, mask=mask)
         lr *= d
         g *= d
@@ -245,22 +247,6 @@ def _lamb(
 
 
 @triton.jit
-def _lookahead(
-    p_ptr: tl.tensor,
-    s_ptr: tl.tensor,
-    offsets: tl.tensor,
-    mask: tl.tensor,
-    constants: tl.tensor,
-):
-    p = tl.load(p_ptr + offsets, mask=mask).to(tl.float32)
-    s = tl.load(s_ptr + offsets, mask=mask).to(tl.float32)
-    s += tl.load(constants) * (p - s)
-    tl.store(s_ptr + offsets, s, mask=mask)
-    tl.store(p_ptr + offsets, s, mask=mask)
-    return 0.0, 0.0
-
-
-@triton.jit
 def _at(address: tl.tensor, T: tl.constexpr) -> tl.tensor:
     return address.to(tl.pointer_type(T))  # pyrefly: ignore[bad-argument-type]
 
@@ -313,8 +299,6 @@ def _rule(
         )
     elif RULE == "lamb":
         sums_of_block = _lamb(p_ptr, s0_ptr, s1_ptr, offsets, mask, constants, factors, sums)
-    elif RULE == "lookahead":
-        sums_of_block = _lookahead(p_ptr, s0_ptr, offsets, mask, constants)
     else:
         tl.static_assert(RULE == "norm")
         g = tl.load(g_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
@@ -560,7 +544,7 @@ def estimate(sums: tl.tensor, control: tl.tensor, inv_d0: tl.tensor):
         ratio = numerator / tl.where(denominator > 0.0, denominator, 1.0)
         reached = tl.where(denominator > 0.0, ratio, d)
         tl.store(control + 6, tl.where(reached > d, reached, d))
-        tl.store(control + 7, numerator)
+        tl.store(control + 7, tl.where(denominator > 0.0, numerator, tl.load(control + 7)))
 
 
 @triton.jit

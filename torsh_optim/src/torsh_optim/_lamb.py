@@ -8,9 +8,9 @@ from torch import Tensor
 
 from torsh_optim._checkpoint import FORMAT
 from torsh_optim._lion import check_betas
-from torsh_optim._optimizer import FusedOptimizer, ParamsT, ramp, sign
+from torsh_optim._optimizer import FusedOptimizer, ParamsT, inverse, ramp, sign
 from torsh_optim._plan import Batch, Group
-from torsh_optim._reference import chunks, lamb_, lamb_moments_
+from torsh_optim._reference import chunks, lamb_, lamb_moments_, square_norm
 
 
 class LAMB(FusedOptimizer):
@@ -62,6 +62,7 @@ class LAMB(FusedOptimizer):
 
     slot_names = ("exp_avg", "exp_avg_sq")
     rule = "lamb"
+    _cpu_types = frozenset({torch.float32, torch.float64})  # the update itself would be rounded
     factors_of = ("betas", "warmup_steps", "bias_correction")
     factors_kind = "bias"
 
@@ -99,7 +100,6 @@ class LAMB(FusedOptimizer):
             "fused": fused,
             "torsh_version": FORMAT,
         }
-        self._check(defaults)
         super().__init__(params, defaults)
 
     def _check(self, group: Group) -> None:
@@ -131,14 +131,53 @@ class LAMB(FusedOptimizer):
         betas = group["betas"] if group["bias_correction"] else (0.0, 0.0)
         return (group["warmup_steps"], *(math.log(b) if b > 0.0 else -math.inf for b in betas))
 
-    def _update_reference(self, batch: Batch) -> None:
+    def _wants_sums(self, group: Group) -> bool:
+        return True
+
+    def _has_update_cpu(self, group: Group) -> bool:
+        return bool(group["bias_correction"] and group["grad_averaging"])
+
+    def _measure_cpu(self, batch: Batch) -> Tensor:
+        """Let torch's Adam kernel take a step from zero, with copies of the moments."""
+        group = batch.group
+        scale = None if batch.scale == 1.0 else inverse(batch.scale)  # in place, once
+        states = [batch.states[slot] for slot in self.slot_names]
+        sums = torch.zeros(len(batch.params), 2, dtype=torch.float64, device="cpu")
+        for i, tensors in enumerate(zip(batch.params, batch.grads, *states, strict=True)):
+            for p, g, m, v in chunks(*tensors):
+                u = torch.zeros_like(p)
+                torch._fused_adam_(
+                    *([u], [g], [m.clone()], [v.clone()], [], [batch.steps[i]]),
+                    **_fused_options(group, lr=1.0, weight_decay=0.0),
+                    grad_scale=scale,
+                )
+                sums[i, 0] += square_norm(p)
+                sums[i, 1] += square_norm(u.add_(p, alpha=-group["weight_decay"]))
+        return sums
+
+    def _update_cpu(self, batch: Batch) -> None:
+        # LAMB is AdamW whose learning rate is multiplied by the trust ratio of the tensor
+        rates = [
+            float(batch.group["lr"]) * ramp(batch.group, step) * _trust(batch.group, sums)
+            for step, sums in zip(batch.numbers, batch.sums, strict=True)
+        ]
+        states = [batch.states[slot] for slot in self.slot_names]
+        for rate in dict.fromkeys(rates):
+            mine = [i for i, other in enumerate(rates) if other == rate]
+            params, grads, exp_avgs, exp_avg_sqs, steps = (
+                [row[i] for i in mine] for row in (batch.params, batch.grads, *states, batch.steps)
+            )
+            torch._fused_adamw_(
+                *(params, grads, exp_avgs, exp_avg_sqs, [], steps),
+                **_fused_options(batch.group, lr=rate, weight_decay=batch.group["weight_decay"]),
+            )
+
+    def _measure(self, batch: Batch) -> Tensor:
         group = batch.group
         beta1, beta2 = group["betas"]
-        decay, eps = group["weight_decay"], group["eps"]
         biases = [_biases(group, step) for step in batch.numbers]
-        members = list(
-            zip(batch.params, batch.grads, *(batch.states[s] for s in self.slot_names), strict=True)
-        )
+        states = [batch.states[slot] for slot in self.slot_names]
+        members = list(zip(batch.params, batch.grads, *states, strict=True))
         sums = torch.zeros(len(members), 2, dtype=torch.float64, device=batch.params[0].device)
         for i, tensors in enumerate(members):
             for p, g, m, v in chunks(*tensors):
@@ -149,32 +188,56 @@ class LAMB(FusedOptimizer):
                     beta1=beta1,
                     beta2=beta2,
                     weight=1.0 - beta1 if group["grad_averaging"] else 1.0,
-                    eps=eps,
-                    decay=decay,
+                    eps=group["eps"],
+                    decay=group["weight_decay"],
                     scale=batch.scale * sign(group),
                 )
-        if batch.shards is not None:
-            batch.shards.add_up(sums)
-        norms = sums.sqrt().tolist()
-        for i, (param, _, exp_avg, exp_avg_sq) in enumerate(members):
-            trust = 1.0
-            if _adapts(group) and norms[i][0] > 0.0 and norms[i][1] > 0.0:
-                trust = min(norms[i][0] / norms[i][1], group["trust_clip"] or math.inf)
+        return sums
+
+    def _update_reference(self, batch: Batch) -> None:
+        group = batch.group
+        states = [batch.states[slot] for slot in self.slot_names]
+        for i, (param, exp_avg, exp_avg_sq) in enumerate(zip(batch.params, *states, strict=True)):
+            bias1, bias2 = _biases(group, batch.numbers[i])
+            trust = _trust(group, batch.sums[i])
             lr = float(group["lr"]) * ramp(group, batch.numbers[i])
             for p, m, v in chunks(param, exp_avg, exp_avg_sq):
                 lamb_(
                     *(p, m, v),
-                    bias1=biases[i][0],
-                    bias2=biases[i][1],
+                    bias1=bias1,
+                    bias2=bias2,
                     lr=lr,
                     trust=trust,
-                    eps=eps,
-                    decay=decay,
+                    eps=group["eps"],
+                    decay=group["weight_decay"],
                 )
 
 
 def _adapts(group: Group) -> bool:
     return bool(group["always_adapt"] or group["weight_decay"] != 0.0)
+
+
+def _trust(group: Group, sums: list[float]) -> float:
+    """Ratio of the norms of parameter and update, from their squares."""
+    if not _adapts(group):
+        return 1.0
+    param_norm, update_norm = map(math.sqrt, sums)
+    trust = param_norm / update_norm if param_norm > 0.0 and update_norm > 0.0 else 1.0
+    return min(trust, group["trust_clip"] or math.inf)
+
+
+def _fused_options(group: Group, *, lr: float, weight_decay: float) -> dict[str, Any]:
+    """Arguments of torch's fused Adam kernels."""
+    beta1, beta2 = group["betas"]
+    return {
+        "lr": lr,
+        "beta1": beta1,
+        "beta2": beta2,
+        "weight_decay": weight_decay,
+        "eps": group["eps"],
+        "amsgrad": False,
+        "maximize": group["maximize"],
+    }
 
 
 def _biases(group: Group, step: float) -> tuple[float, float]:

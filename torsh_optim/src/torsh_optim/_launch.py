@@ -89,7 +89,8 @@ class LaunchBucket(Bucket):
         self._blocks = _block_map(elements, _kernels.BLOCK).to(self.device)
         self._count_of_programs = self._blocks.shape[0]
         self._lay_out(elements)
-        self._values = torch.empty(0) if control is None else control.values[self.device]
+        nothing = torch.empty(0, device=self.device)
+        self._values = nothing if control is None else control.values[self.device]
         self._make_starts(members, control)
 
     def _lay_out(self, elements: Tensor) -> None:
@@ -148,6 +149,7 @@ class LaunchBucket(Bucket):
         sums = 2 * (lamb or self._cautious or self._adaptive)
         new = {"device": self.device, "dtype": torch.float32}
         self._sums = torch.zeros(max(1, count * sums), **new)
+        self.sums = self._sums[: count * sums].view(-1, 2)
         self._partials = torch.zeros(max(1, programs * sums), **new)
         nothing = self._sums
         factors = self._factors
@@ -169,15 +171,13 @@ class LaunchBucket(Bucket):
                 maxnreg=_kernels.registers(used, cautious=self._cautious),
             )
 
+        self._measures: list[Callable[[], None]] = []
         self._starts: list[Callable[[], None]] = []
         first = "lamb_moments" if lamb else "agree" if self._cautious else ""
         if first:
-            self._starts.append(start(first, 2))
+            self._measures.append(start(first, 2))
             args = [self._table, self._partials, self._sums, _kernels.BLOCK, _CHUNK]
-            self._starts.append(_Start(_kernels.tensor_sums, count, args))
-            if self.shards is not None:
-                shards = self.shards
-                self._starts.append(lambda: shards.add_up(self._sums))
+            self._measures.append(_Start(_kernels.tensor_sums, count, args))
         self._starts.append(start(self._rule.rule, 2 * self._adaptive))
         if control is None:
             return
@@ -200,13 +200,13 @@ class LaunchBucket(Bucket):
         args = [self._partials, self._estimates, programs, 2, _CHUNK]
         self._total_estimates = _Start(_kernels.total, 2, args, num_warps=8)
 
-        exponents = torch.empty(len(self._rows_of), _EXPONENTS, dtype=torch.float64)
-        self._exponents = exponents.to(self.device)
+        shape = (len(self._rows_of), _EXPONENTS)
+        self._exponents = torch.empty(shape, dtype=torch.float64, device=self.device)
         args = [
             *(self._table, self._entries, self._exponents, self.counts, self._values, factors),
             *(count, self._rule.factors_kind, 128),
         ]
-        self._starts.insert(0, _Start(_kernels.advance, (count + 127) // 128, args))
+        self._measures.insert(0, _Start(_kernels.advance, (count + 127) // 128, args))
         self._controlled = True
 
     _controlled = False
@@ -221,6 +221,11 @@ class LaunchBucket(Bucket):
         self._dirty = 4
         for row, rate in self._device_rates:  # read on the device: no synchronisation
             self._constants[row * _CONSTANTS].copy_(rate.reshape(()), non_blocking=True)
+
+    def measure(self, hypers: Hypers, grads: list[Tensor | None], control: Control | None) -> None:
+        with self._here():
+            for start in self._measures:
+                start()
 
     def run(self, hypers: Hypers, grads: list[Tensor | None], control: Control | None) -> None:
         with self._here():
@@ -245,8 +250,6 @@ class LaunchBucket(Bucket):
         """Give the two sums from which Prodigy's step size is estimated: ``(2,)``, float64."""
         with self._here():
             self._total_estimates()
-        if self.shards is not None:
-            self.shards.add_up(self._estimates)
         return self._estimates
 
     def _write_constants(self, hypers: Hypers) -> None:
@@ -259,7 +262,9 @@ class LaunchBucket(Bucket):
                 )
             first: dict[tuple[Any, ...], int] = {}
             kinds = [
-                first.setdefault(tuple(group[key] for key in self._rule.factors_of), number)
+                first.setdefault(
+                    tuple(_hashable(group[key]) for key in self._rule.factors_of), number
+                )
                 for group, number in zip(groups, self._rows_of, strict=True)
             ]
             self._kinds = [kinds[row] for row in self._row_of]
@@ -269,7 +274,9 @@ class LaunchBucket(Bucket):
                 exponents = torch.zeros(len(rows), _EXPONENTS, dtype=torch.float64, device="cpu")
                 for row, group in enumerate(groups):
                     values = self._rule.exponents(group)
-                    exponents[row, : len(values)] = torch.tensor(values, dtype=torch.float64)
+                    exponents[row, : len(values)] = torch.tensor(
+                        values, dtype=torch.float64, device="cpu"
+                    )
                 self._exponents.copy_(exponents)
         rates = hypers.rates
         if len(self._rows_of) != len(rates):
@@ -384,6 +391,10 @@ def estimate(sums: Tensor, values: Tensor) -> None:
     """Start the kernel ``estimate``."""
     start: Any = _kernels.estimate
     start[(1,)](sums, values, 1.0 / D0)
+
+
+def _hashable(option: Any) -> Any:
+    return tuple(option) if isinstance(option, list) else option
 
 
 def _is_tensor(value: Any) -> bool:

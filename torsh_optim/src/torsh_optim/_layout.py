@@ -46,6 +46,7 @@ class Layout:
 def _describe(tensor: Tensor) -> tuple[Any, ...]:
     strided = tensor.layout is torch.strided
     return (
+        type(tensor),
         tensor.dtype,
         tensor.device,
         tensor.shape,

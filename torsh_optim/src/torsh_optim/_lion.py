@@ -36,6 +36,7 @@ class Lion(FusedOptimizer):
         ValueError: A hyper-parameter is out of range.
 
     Example:
+        >>> import torch
         >>> weight = torch.nn.Parameter(torch.tensor([1.0, -2.0]))
         >>> opt = Lion([weight], lr=0.1, weight_decay=1.0)
         >>> weight.grad = torch.tensor([4.0, -0.25])
@@ -75,7 +76,6 @@ class Lion(FusedOptimizer):
             "fused": fused,
             "torsh_version": FORMAT,
         }
-        self._check(defaults)
         super().__init__(params, defaults)
 
     def _check(self, group: Group) -> None:

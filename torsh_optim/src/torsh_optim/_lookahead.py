@@ -7,10 +7,12 @@ from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 from torch.optim import Optimizer
 
 from torsh_optim._checkpoint import align_groups, match_params
 from torsh_optim._optimizer import FusedOptimizer
+from torsh_optim._shards import local, spread_like
 
 Pullback = Literal["none", "reset", "pullback"]
 
@@ -182,7 +184,7 @@ class Lookahead(Optimizer):
         if not momenta:
             return
         if group["lookahead_pullback"] == "reset":
-            torch._foreach_zero_(list(momenta.values()))
+            torch._foreach_zero_(list(map(local, momenta.values())))
             return
         for param, momentum in momenta.items():
             if "slow_momentum" not in self._slow[param]:
@@ -195,6 +197,10 @@ class Lookahead(Optimizer):
         if tensor.device != param.device or tensor.dtype != param.dtype:  # the model was moved
             tensor = self._slow[param][key] = tensor.to(param.device, param.dtype)
         return tensor
+
+    def _has_momentum(self, param: Tensor) -> bool:
+        state = self.state.get(param, {})
+        return any(isinstance(state.get(key), Tensor) for key in _MOMENTA)
 
     def _momentum(self, param: Tensor) -> Tensor:
         state = self.state[param]
@@ -227,10 +233,18 @@ class Lookahead(Optimizer):
         state = dict(state_dict["state"])
         numbers = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
         params = chain.from_iterable(group["params"] for group in self.param_groups)
+        pulled = {
+            number
+            for group in state_dict["param_groups"]
+            if group["lookahead_pullback"] == "pullback"
+            for number in group["params"]
+        }
         for number, param in zip(numbers, params, strict=True):
-            slow = self._slow.get(param)
-            if slow is None:  # no step yet: the slow weights are the weights
-                slow = {"slow": param.detach().clone()}
+            # What is not there yet is saved as it begins: a loader that fills the tensors it finds,
+            # as torch.distributed.checkpoint does, would pass it by.
+            slow = self._slow.get(param) or {"slow": param.detach().clone()}
+            if number in pulled and "slow_momentum" not in slow and self._has_momentum(param):
+                slow = {**slow, "slow_momentum": torch.zeros_like(self._momentum(param))}
             state[number] = {**state.get(number, {}), **slow}
         state_dict = {**state_dict, "state": state}
         for post_hook in self._optimizer_state_dict_post_hooks.values():
@@ -289,12 +303,12 @@ class Lookahead(Optimizer):
 
         self.base_optimizer.load_state_dict({**state_dict, "state": fast})
         self._slow = {
-            targets[number][0]: {
-                key: torch.empty_like(targets[number][0], dtype=value.dtype).copy_(value).detach()
-                for key, value in taken.items()
+            param: {
+                key: spread_like(param, value, f"{key!r} of {name} in the loaded state")
+                for key, value in slow[number].items()
             }
-            for number, taken in slow.items()
-            if number in targets
+            for number, (param, _, name) in targets.items()
+            if number in slow
         }
         self._set_options()
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
@@ -344,5 +358,8 @@ def _moves(lr: float | Tensor) -> bool:
 
 def _interpolate(slow: list[Tensor], fast: list[Tensor], alpha: float) -> None:
     """Move ``slow`` by ``alpha`` towards ``fast``, then ``fast`` to ``slow``."""
-    torch._foreach_lerp_(slow, fast, alpha)
-    torch._foreach_copy_(fast, slow)
+    # of DTensors the local parts: torch has no _foreach_copy_ for them
+    slow, parts = list(map(local, slow)), list(map(local, fast))
+    torch._foreach_lerp_(slow, parts, alpha)
+    torch._foreach_copy_(parts, slow)
+    increment_version(fast)

@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from torsh_optim._checkpoint import FORMAT, align_groups, fitted_state, match_params, migrated
 from torsh_optim._control import D0, Control, Scaler
 from torsh_optim._plan import Batch, Bucket, Group, GroupBucket, Hypers, Members, Plan
-from torsh_optim._shards import local, shards_of
+from torsh_optim._shards import Axes, Spread, is_spread, local
 
 ParamsT = (
     Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]  # as torch.optim's
@@ -61,6 +61,8 @@ class FusedOptimizer(Optimizer):
     _implementations: ClassVar[tuple[Implementation, ...]] = (
         *("cpu-fused", "cpu-chunked", "triton", "reference"),
     )
+    # what `_update_cpu` takes; torch's kernels want it to be the same for all tensors
+    _cpu_types: ClassVar[frozenset[torch.dtype]] = frozenset({*_FLOATS, torch.float64})
     slot_names: ClassVar[tuple[str, ...]]
     late_slots: ClassVar[frozenset[str]] = frozenset()  # an option may ask for them at any time
     rule: ClassVar[str]
@@ -68,7 +70,7 @@ class FusedOptimizer(Optimizer):
     factors_kind: ClassVar[str] = "none"
 
     _plan: Plan | None = None
-    _control: Control | None = None
+    _control: Control | None  # no default here: Lightning's wrapper would find it before ours
     _options: list[tuple[Any, ...]] | None = None
     _options_of: Callable[[Group], tuple[Any, ...]] | None = None
     _kinds: list[Any] | None = None
@@ -128,7 +130,7 @@ class FusedOptimizer(Optimizer):
         """What the device needs to make the factors itself, warm-up first."""
         return (group["warmup_steps"],)
 
-    def _update_cpu(self, batch: Batch) -> None:
+    def _update_cpu(self, batch: Batch) -> Tensor | None:
         """Update tensors with torch's fused CPU kernel."""
         raise NotImplementedError
 
@@ -136,9 +138,26 @@ class FusedOptimizer(Optimizer):
         """Whether ``_update_cpu`` knows the options of a group."""
         return False
 
-    def _update_reference(self, batch: Batch) -> None:
-        """Update tensors one after the other."""
+    def _update_reference(self, batch: Batch) -> Tensor | None:
+        """Update tensors one after the other; give the sums for ``Control.finish``, if any."""
         raise NotImplementedError
+
+    def _wants_sums(self, group: Group) -> bool:
+        """Whether the update of a tensor needs sums over all of it, which may be elsewhere."""
+        return False
+
+    def _measure_cpu(self, batch: Batch) -> Tensor:
+        """Take those sums for ``_update_cpu``."""
+        raise NotImplementedError
+
+    def _measure(self, batch: Batch) -> Tensor:
+        """Give these sums over the tensors as they are here: ``(tensors, 2)``, float64."""
+        raise NotImplementedError
+
+    def __init__(self, params: ParamsT, defaults: dict[str, Any]) -> None:
+        self._control = None
+        self._check(defaults)
+        super().__init__(params, defaults)
 
     # --- parameter groups ---
 
@@ -183,8 +202,11 @@ class FusedOptimizer(Optimizer):
         return {**super().__getstate__(), "state": state}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
+        own = dict(state.get("defaults") or self.defaults)
         super().__setstate__(state)
+        self.defaults = own  # torch has added options of its optimizers
         self._plan = None
+        self.__dict__.setdefault("_control", None)
         for group in self.param_groups:
             for key, value in self.defaults.items():
                 group.setdefault(key, value)
@@ -224,6 +246,13 @@ class FusedOptimizer(Optimizer):
         groups: list[Group] = []
         for own, saved in zip(self.param_groups, saved_groups, strict=True):
             kept = {key: own[key] for key in ("params", "param_names", *_OWN_OPTIONS) if key in own}
+            # torch.distributed.checkpoint and JSON give lists back
+            fixed = {
+                key: tuple(value)
+                for key, value in saved.items()
+                if isinstance(value, list) and isinstance(own.get(key), tuple)
+            }
+            saved = {**saved, **fixed}
             groups.append({**self.defaults, **own, **saved, **kept, "torsh_version": FORMAT})
             self._check(groups[-1])
         loaded_of = {
@@ -296,13 +325,14 @@ class FusedOptimizer(Optimizer):
             self._plan = None
         hypers = Hypers(groups, changed or self._tensor_options, list(map(_lr, groups)))
         scaler = Scaler(getattr(self, "grad_scale", None), getattr(self, "found_inf", None))
-        if not (
-            self._plan is not None
-            and self._plan.matches(params, grads, self.state, sizes)
-            and self._plan.run(hypers, grads, scaler)
-        ):
+        if self._plan is not None and not self._plan.matches(params, grads, self.state, sizes):
+            self._plan = None
+        # once, whatever happens to the plan of this process: it may have to communicate
+        spread = Spread(params) if self._plan is None else self._plan.spread
+        grads = spread.local_grads(grads)
+        if self._plan is None or not self._plan.run(hypers, grads, scaler):
             self._kinds = self._kinds_of(groups)
-            self._plan = self._make_plan(params, grads, sizes)
+            self._plan = self._make_plan(params, grads, sizes, spread)
             hypers = Hypers(groups, True, hypers.rates)
             if not self._plan.run(hypers, grads, scaler):
                 raise AssertionError("a new plan does not fit its own tensors")
@@ -325,9 +355,17 @@ class FusedOptimizer(Optimizer):
         ]
 
     def _make_plan(
-        self, params: list[Tensor], grads: list[Tensor | None], sizes: list[int]
+        self,
+        params: list[Tensor],
+        grads: list[Tensor | None],
+        sizes: list[int],
+        spread: Spread,
     ) -> Plan:
+        lead = self.param_groups[0] if self.param_groups else {}
+        controls = lead.get("max_grad_norm") is not None or bool(lead.get("adaptive_lr"))
+        shares = any(map(self._wants_sums, self.param_groups))
         members: dict[tuple[Any, ...], list[tuple[int, int]]] = {}
+        axes_of: dict[tuple[Any, ...], Axes | None] = {}
         group_of = [i for i, group in enumerate(self.param_groups) for _ in group["params"]]
         for index, (param, grad, number) in enumerate(zip(params, grads, group_of, strict=True)):
             if grad is None and not self.state.get(param):
@@ -338,42 +376,51 @@ class FusedOptimizer(Optimizer):
             implementation, reason = self._choose(param, grad_dtype, group)
             self._say(implementation, reason, param, group)
             owner = () if implementation == "triton" else (number,)
-            shards = shards_of(param)
-            spread = () if shards is None else shards.key
+            axes = spread.axes.get(index) if controls or shares else None
             dtypes = [
                 self.state[param][slot].dtype if slot in self.state[param] else param.dtype
                 for slot in self.slot_names
             ]
             device = local(param).device
-            key = (implementation, device, param.dtype, grad_dtype, *dtypes, spread, *owner)
+            key = (implementation, device, param.dtype, grad_dtype, *dtypes, axes, *owner)
             members.setdefault(key, []).append((index, number))
+            axes_of[key] = axes
 
-        if self.param_groups and (
-            self.param_groups[0]["max_grad_norm"] is not None
-            or self.param_groups[0].get("adaptive_lr")
-        ):
-            self._control = self._control or Control()
-        else:
-            self._control = None
-        kinds = [(key[0], self._members(key, entries, params)) for key, entries in members.items()]
+        self._control = (self._control or Control()) if controls else None
+        kinds = [
+            (key[0], self._members(key, entries, params, axes_of[key]))
+            for key, entries in members.items()
+        ]
         if self._control is not None:
             self._control.prepare([(local(m.params[0]).device, k == "triton") for k, m in kinds])
             self._control.adopt([self.state[param] for param in params if param in self.state])
         buckets = [self._bucket(implementation, found) for implementation, found in kinds]
-        return Plan(params, buckets, self.state, sizes, self._control)
+        return Plan(params, buckets, self.state, sizes, self._control, spread, shares=shares)
 
     def _members(
-        self, key: tuple[Any, ...], entries: list[tuple[int, int]], params: list[Tensor]
+        self,
+        key: tuple[Any, ...],
+        entries: list[tuple[int, int]],
+        params: list[Tensor],
+        axes: Axes | None,
     ) -> Members:
         mine = [params[index] for index, _ in entries]
+        # a state that an option has left behind is kept, but not touched while it is off
+        wanted = [self._slots(self.param_groups[number]) for _, number in entries]
         return Members(
             [index for index, _ in entries],
             mine,
-            {slot: [self.state[param].get(slot) for param in mine] for slot in self.slot_names},
+            {
+                slot: [
+                    self.state[param][slot] if slot in slots else None
+                    for param, slots in zip(mine, wanted, strict=True)
+                ]
+                for slot in self.slot_names
+            },
             [self.state[param]["step"] for param in mine],
             [number for _, number in entries],
             key[3],
-            shards_of(mine[0]),
+            axes,
         )
 
     def _bucket(self, implementation: Implementation, members: Members) -> Bucket:
@@ -381,14 +428,23 @@ class FusedOptimizer(Optimizer):
             from torsh_optim._launch import LaunchBucket
 
             return LaunchBucket(members, type(self), self.param_groups, self._control)
+        wants_sums = self._wants_sums(self.param_groups[members.group_of[0]])
         if implementation == "cpu-fused":
-            return GroupBucket(members, self._update_cpu, any_layout=False)
+            measure = self._measure_cpu if wants_sums else None
+            return GroupBucket(members, self._update_cpu, measure, any_layout=False)
         any_layout = implementation == "reference"
-        return GroupBucket(members, self._update_reference, any_layout=any_layout)
+        measure = self._measure if wants_sums else None
+        return GroupBucket(members, self._update_reference, measure, any_layout=any_layout)
 
     def _initialize(self, param: Tensor, grad: Tensor | None, group: Group) -> None:
         """Create the state tensors that are missing."""
         name = type(self).__name__
+        if grad is not None and is_spread(grad):
+            raise RuntimeError(
+                f"the gradient of a parameter of shape {tuple(param.shape)} is a DTensor, the "
+                "parameter a plain tensor; make the optimizer after the model is distributed, or "
+                "set the gradient's full_tensor()"
+            )
         if grad is not None and grad.layout is not torch.strided:
             raise RuntimeError(
                 f"{name} does not support sparse gradients (got {grad.layout}); "
@@ -398,19 +454,21 @@ class FusedOptimizer(Optimizer):
             raise RuntimeError(
                 f"{name} updates floating-point and complex tensors, got {param.dtype}"
             )
-        if grad is not None and grad.shape != param.shape:
+        shape = local(param).shape
+        if grad is not None and grad.shape != shape:
             raise RuntimeError(
-                f"a gradient has shape {tuple(grad.shape)}, its parameter {tuple(param.shape)}; "
+                f"a gradient has shape {tuple(grad.shape)}, its parameter {tuple(shape)}; "
                 "clear the gradient of a parameter that you resize"
             )
         state = self.state[param]
         if "step" not in state:
             state["step"] = torch.zeros((), dtype=torch.float32, device="cpu")
         if group.get("adaptive_lr"):
-            if param.dtype == torch.float16:
+            if param.dtype.itemsize == 2:
                 raise RuntimeError(
-                    "adaptive_lr=True takes float32 or bfloat16 parameters: its states would "
-                    "vanish in float16"
+                    f"adaptive_lr=True takes float32 parameters, got {param.dtype}: the first "
+                    "steps, of size 1e-6, would round to nothing, and the estimate never grow; "
+                    "keep the weights in float32 and train under torch.autocast"
                 )
             for key, value in (("d", D0), ("d_numerator", 0.0)):
                 if key not in state:
@@ -432,20 +490,21 @@ class FusedOptimizer(Optimizer):
             return "reference", None
         state = self.state.get(param, {})  # one that is made later is like its parameter
         states = [local(state[slot]) for slot in self._slots(group) if slot in state]
-        if shards_of(param) is None and type(param) not in (Tensor, torch.nn.Parameter):
-            return "reference", f"it is a {type(param).__name__}"
         param = local(param)
-        if torch.empty_like(param, device="meta").stride() != param.stride():
+        if type(param) not in (Tensor, torch.nn.Parameter):
+            return "reference", f"it is a {type(param).__name__}"
+        if param.numel() and torch.empty_like(param, device="meta").stride() != param.stride():
             return "reference", "it does not fill a block of memory"
         if any(tensor.stride() != param.stride() for tensor in states):
             return "reference", "its state has another memory layout"
         everything = {param.dtype, grad_dtype, *(tensor.dtype for tensor in states)}
         same = len(everything) == 1
+        has_update_cpu = self._has_update_cpu(group) and everything <= self._cpu_types
         for candidate in self._implementations:
-            if candidate == "cpu-fused" and param.is_cpu and self._has_update_cpu(group):
-                if same and everything <= {*_FLOATS, torch.float64}:
+            if candidate == "cpu-fused" and param.is_cpu and has_update_cpu:
+                if same:
                     return candidate, None
-            elif candidate == "cpu-chunked" and param.is_cpu and not self._has_update_cpu(group):
+            elif candidate == "cpu-chunked" and param.is_cpu and not has_update_cpu:
                 if everything <= {*_FLOATS, torch.float64}:
                     return candidate, None
             elif candidate == "triton" and (param.is_cuda or (param.is_cpu and _interpreting())):
@@ -502,7 +561,7 @@ class FusedOptimizer(Optimizer):
     @property
     def skipped_steps(self) -> Tensor:
         """Steps left out because a gradient was not finite: 0-d, on the parameters' device."""
-        return torch.zeros(()) if self._control is None else self._control.lead[3]
+        return torch.zeros((), device="cpu") if self._control is None else self._control.lead[3]
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
@@ -536,6 +595,11 @@ def ramp(group: Group, step: float) -> float:
 def sign(group: Group) -> float:
     """Factor of the gradient: -1 to go up."""
     return -1.0 if group["maximize"] else 1.0
+
+
+def inverse(scale: float) -> Tensor:
+    """What torch's fused CPU kernels divide gradients by; infinite for 0."""
+    return torch.tensor(scale, dtype=torch.float32, device="cpu").reciprocal_()
 
 
 def _holds_tensor(value: Any) -> bool:

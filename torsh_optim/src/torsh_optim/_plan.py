@@ -1,7 +1,7 @@
 """Which tensors a step updates with which call, kept from step to step while it stays true."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
 from operator import is_, is_not
@@ -13,7 +13,7 @@ from torch.autograd.graph import increment_version
 
 from torsh_optim._control import Control, Scaler
 from torsh_optim._layout import Layout
-from torsh_optim._shards import Shards, local
+from torsh_optim._shards import Axes, Spread, is_spread, local
 
 Group = dict[str, Any]
 
@@ -47,7 +47,7 @@ class Members:
         steps: Step counters, 0-d.
         group_of: Number of the group of each parameter.
         grad_dtype: Element type of the gradients.
-        shards: How the parameters are spread over processes; None if they are whole.
+        axes: Over which processes the parameters are cut, if that matters for a sum; else None.
     """
 
     indices: list[int]
@@ -56,7 +56,7 @@ class Members:
     steps: list[Tensor]
     group_of: list[int]
     grad_dtype: torch.dtype
-    shards: Shards | None
+    axes: Axes | None
 
 
 class Bucket:
@@ -68,12 +68,14 @@ class Bucket:
     """
 
     has_kernels = False  # whether it leaves what it computes on the device
+    sums: Tensor  # (tensors, 2)
 
     def __init__(self, members: Members, *, any_layout: bool = False) -> None:
         self.indices = members.indices
         self.group_of = members.group_of
         self.grad_dtype = members.grad_dtype
-        self.shards = members.shards
+        self.axes = members.axes
+        self._is_spread = any(map(is_spread, members.params))
         self.params = members.params
         self.states = {
             name: [None if state is None else local(state) for state in row]
@@ -90,7 +92,7 @@ class Bucket:
         self.counts = self._adopt(members.steps, torch.device("cpu"))
 
     def _whole(self, tensors: list[Tensor]) -> list[Tensor]:
-        return tensors if self.shards is None else list(map(local, tensors))
+        return list(map(local, tensors)) if self._is_spread else tensors
 
     def _adopt(self, steps: list[Tensor], device: torch.device) -> Tensor:
         """Lay the step counters into one tensor, so that one addition advances all.
@@ -107,12 +109,12 @@ class Bucket:
         """Give the gradients in the memory layout of their parameters.
 
         Args:
-            grads: This bucket's gradients; None where a parameter has none.
+            grads: This bucket's gradients, of DTensors the local part; None where a parameter has
+                none.
 
         Returns:
-            The gradients, of shards the local part, with a copy in place of each that is laid out
-            differently; or None if the bucket no longer fits: tensors moved or changed shape,
-            layout or type.
+            The gradients, with a copy in place of each that is laid out differently; or None if the
+            bucket no longer fits: tensors moved or changed shape, layout or type.
         """
         params = self._whole(self.params)
         if (
@@ -120,8 +122,6 @@ class Bucket:
             or not self._param_layout.matches(params)  # `param.data = param.data.t()`
         ):
             return None
-        if self.shards is not None:
-            grads = self.shards.local_grads(grads)
         if self._grad_layout is not None and self._grad_layout.matches(grads):
             return grads
         collected = list(grads)
@@ -130,6 +130,7 @@ class Bucket:
                 continue
             if (
                 grad.layout is not torch.strided
+                or is_spread(grad)
                 or grad.dtype != self.grad_dtype
                 or grad.shape != param.shape
                 or grad.device != param.device
@@ -155,15 +156,21 @@ class Bucket:
     def write(self, hypers: Hypers, grads: list[Tensor | None]) -> None:
         """Get ready for this step, before the norm of the gradients is taken."""
 
+    def measure(self, hypers: Hypers, grads: list[Tensor | None], control: Control | None) -> None:
+        """Take the sums over each tensor, ``sums``, that the update needs; may begin with it."""
+
     def square_norm(self, grads: list[Tensor | None]) -> Tensor:
         """Give the sum of the squares of all gradients: 0-d, float64, on this bucket's device."""
-        norms = torch._foreach_norm([grad for grad in grads if grad is not None])
-        if not norms:
+        present = [grad for grad in grads if grad is not None]
+        if not present:
             return torch.zeros((), dtype=torch.float64, device=self.device)
+        # the norm of a 16-bit tensor would be rounded to its type, and overflow in float16
+        wide = torch.float32 if self.grad_dtype.itemsize == 2 else None
+        norms = torch._foreach_norm(present, 2, dtype=wide)
         return torch.stack([norm.double() for norm in norms]).square().sum()
 
-    def estimate_sums(self) -> Tensor:
-        """Give the two sums from which Prodigy's step size is estimated."""
+    def estimate_sums(self) -> Tensor | None:
+        """Give the sums from which Prodigy's step size is estimated: ``(2,)``; None if no step."""
         raise NotImplementedError
 
     def _count(self, grads: list[Tensor | None]) -> list[float]:
@@ -182,14 +189,14 @@ class Batch:
 
     Attributes:
         group: Their group.
-        params: Parameters with a gradient; of shards the local part.
+        params: Parameters with a gradient; of DTensors the local part.
         grads: Their gradients, to be multiplied by ``scale``.
         states: State tensors, a list for each name that the group uses.
         steps: Step counters.
         numbers: Their values.
         scale: Factor of the gradients.
-        shards: How the parameters are spread over processes.
         control: Where the estimates of the whole optimizer are kept.
+        sums: What the optimizer's ``_measure`` gave, over whole tensors.
     """
 
     group: Group
@@ -199,29 +206,41 @@ class Batch:
     steps: list[Tensor]
     numbers: list[float]
     scale: float
-    shards: Shards | None
     control: Control | None
+    sums: list[list[float]]
 
 
 class GroupBucket(Bucket):
     """Parameters of one group, updated by a function over lists of tensors."""
 
     def __init__(
-        self, members: Members, update: Callable[[Batch], None], *, any_layout: bool
+        self,
+        members: Members,
+        update: Callable[[Batch], Tensor | None],
+        measure: Callable[[Batch], Tensor | None] | None = None,
+        *,
+        any_layout: bool,
     ) -> None:
         super().__init__(members, any_layout=any_layout)
         self._update = update
+        self._measure = measure
+        self._batch: Batch | None = None
+        self._estimates: Tensor | None = None
+        self.sums = torch.zeros(len(self.params), 2, dtype=torch.float64, device=self.device)
         present = {name: [t for t in row if t is not None] for name, row in self.states.items()}
         self._used = {name: row for name, row in present.items() if row}
 
-    def run(self, hypers: Hypers, grads: list[Tensor | None], control: Control | None) -> None:
-        keep = [i for i, grad in enumerate(grads) if grad is not None]
+    def measure(self, hypers: Hypers, grads: list[Tensor | None], control: Control | None) -> None:
+        self._keep = keep = [i for i, grad in enumerate(grads) if grad is not None]
+        self._batch = None
+        if self._measure is not None:
+            self.sums.zero_()
         scale = 1.0 if control is None else control.scale(self.device)
         if not keep or scale is None:
             return
         numbers = self._count(grads)
         params = [self.local_params[i] for i in keep]
-        batch = Batch(
+        self._batch = Batch(
             hypers.groups[self.group_of[0]],
             params,
             [grad for grad in grads if grad is not None],
@@ -229,12 +248,26 @@ class GroupBucket(Bucket):
             [self.steps[i] for i in keep],
             [numbers[i] for i in keep],
             scale,
-            self.shards,
             control,
+            [],
         )
-        self._update(batch)
+        found = None if self._measure is None else self._measure(self._batch)
+        if found is not None:
+            self.sums[keep] = found
+
+    def run(self, hypers: Hypers, grads: list[Tensor | None], control: Control | None) -> None:
+        batch, self._batch, self._estimates = self._batch, None, None
+        if batch is None:
+            return
+        keep = self._keep
+        if self._measure is not None:
+            batch = replace(batch, sums=self.sums[keep].tolist())
+        self._estimates = self._update(batch)
         if not self._any_layout:  # torch's fused kernels do not tell autograd what they wrote
             increment_version([self.params[i] for i in keep])
+
+    def estimate_sums(self) -> Tensor | None:
+        return self._estimates
 
 
 class Plan:
@@ -246,6 +279,8 @@ class Plan:
         states: The optimizer's state.
         sizes: Number of parameters of each group.
         control: What the norm of the gradients decides, if it is wanted.
+        spread: How the parameters are spread over processes.
+        shares: Whether updates need sums over whole tensors.
     """
 
     def __init__(
@@ -255,8 +290,13 @@ class Plan:
         states: dict[Tensor, dict[str, Any]],
         sizes: list[int],
         control: Control | None,
+        spread: Spread,
+        *,
+        shares: bool,
     ) -> None:
         self.buckets = buckets
+        self.spread = spread
+        self._shares = shares
         self._params = params
         self._sizes = sizes
         self._control = control
@@ -288,7 +328,8 @@ class Plan:
 
         Args:
             hypers: Hyper-parameters of this step.
-            grads: Gradients of all parameters, in the order of the groups.
+            grads: Gradients of all parameters, in the order of the groups; of DTensors the local
+                part.
             scaler: What ``GradScaler`` handed over.
 
         Returns:
@@ -303,9 +344,13 @@ class Plan:
         for bucket, mine in zip(self.buckets, collected, strict=True):
             bucket.write(hypers, mine)
         if self._control is not None:
-            self._control.decide(self.buckets, collected, hypers.groups[0], scaler)
+            self._control.decide(self.buckets, collected, hypers.groups[0], scaler, self.spread)
+        for bucket, mine in zip(self.buckets, collected, strict=True):
+            bucket.measure(hypers, mine, self._control)
+        if self._shares:
+            self.spread.share(self.buckets)
         for bucket, mine in zip(self.buckets, collected, strict=True):
             bucket.run(hypers, mine, self._control)
         if self._control is not None:
-            self._control.finish(self.buckets, hypers.groups[0])
+            self._control.finish(self.buckets, hypers.groups[0], self.spread)
         return True

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-CHUNK = 2**15  # elements: all tensors of an update fit into the cache
+CHUNK = 2**17  # elements: all tensors of an update fit into the cache
 
 
 def chunks(*tensors: Tensor | None) -> Iterator[list[Any]]:
@@ -134,12 +134,12 @@ def agreement(
     Returns:
         Their number and the number of all: ``(2,)``, float64.
     """
-    with _working(exp_avg.clone(), param.clone() if l2 else None) as (m, p):
+    with _working(param, exp_avg) as (p, m):
         g = _gradient(grad, m, scale)
-        if p is not None:
+        if l2 != 0.0:
             g = g.add(p, alpha=l2)
-        agree = (m.lerp_(g, 1 - beta1) * g > 0).sum()
-    return torch.stack([agree.double(), torch.full_like(agree, g.numel()).double()])
+        agree = torch.count_nonzero(torch.lerp(m, g, 1 - beta1).mul_(g) > 0)
+    return torch.stack([agree, torch.full_like(agree, g.numel())]).double()
 
 
 @torch.no_grad()
@@ -202,7 +202,8 @@ def prodigy_(
         if l2 != 0.0:
             g = g.add(p, alpha=l2)
         way = (g * (start - p)).sum(dtype=torch.float64) * lr
-        total.mul_(math.sqrt(beta2)).add_(g, alpha=weight * d * d / d0)
+        if lr != 0.0:  # a frozen group has no part in the estimate
+            total.mul_(math.sqrt(beta2)).add_(g, alpha=weight * d * d / d0)
         g = g * d
         p.mul_(1 - lr * d * decay)
         m.lerp_(g, 1 - beta1)
@@ -212,7 +213,7 @@ def prodigy_(
         p.addcdiv_(m, v.sqrt().add_(eps * d), value=-lr * d)
         if e is not None:
             e.lerp_(p, ema_weight)
-        size = total.abs().sum(dtype=torch.float64)
+        size = total.abs().sum(dtype=torch.float64) * (lr != 0.0)
     return torch.stack([way, size])
 
 
@@ -246,7 +247,9 @@ def lion_(
     """
     with _working(param, exp_avg) as (p, m):
         g = _gradient(grad, p, scale)
-        p.mul_(1 - lr * decay).add_(torch.lerp(m, g, 1 - beta1).sign_(), alpha=-lr)
+        c = torch.lerp(m, g, 1 - beta1)
+        direction = c.sign().masked_fill_(c.isnan(), math.nan)  # torch's sign of NaN is 0
+        p.mul_(1 - lr * decay).add_(direction, alpha=-lr)
         m.lerp_(g, 1 - beta2)
 
 
@@ -331,9 +334,16 @@ def lamb_moments_(
         g = _gradient(grad, m, scale)
         m.mul_(beta1).add_(g, alpha=weight)
         v.mul_(beta2).addcmul_(g, g, value=1 - beta2)
-    with _working(param) as (p,):
-        u = _lamb_update(p, exp_avg, exp_avg_sq, bias1, bias2, eps, decay)
-        return torch.stack([t.double().square().sum() for t in (p, u)])
+    with _working(param, exp_avg, exp_avg_sq) as (p, m, v):
+        u = (p * decay).addcdiv_(m, _lamb_root(v, bias2, eps), value=1.0 / bias1)
+        return torch.stack([square_norm(p), square_norm(u)])
+
+
+def square_norm(tensor: Tensor) -> Tensor:
+    """Sum of the squares of a real tensor, 0-d, in float64; elements are multiplied as they are."""
+    flat = tensor.flatten()
+    flat = flat.to(torch.promote_types(flat.dtype, torch.float32))
+    return torch.dot(flat, flat).double()
 
 
 @torch.no_grad()
@@ -366,20 +376,10 @@ def lamb_(
         Yang You et al.: Large Batch Optimization for Deep Learning: Training BERT in 76 minutes,
         2020, arXiv 1904.00962.
     """
-    with _working(param) as (p,):
-        u = _lamb_update(p, exp_avg, exp_avg_sq, bias1, bias2, eps, decay)
-        p.add_(u, alpha=-lr * trust)
+    with _working(param, exp_avg, exp_avg_sq) as (p, m, v):
+        p.mul_(1.0 - lr * trust * decay)
+        p.addcdiv_(m, _lamb_root(v, bias2, eps), value=-lr * trust / bias1)
 
 
-def _lamb_update(
-    p: Tensor,
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor,
-    bias1: float,
-    bias2: float,
-    eps: float,
-    decay: float,
-) -> Tensor:
-    with _working(exp_avg, exp_avg_sq) as (m, v):
-        root = v.sqrt().div_(math.sqrt(bias2)).add_(eps)
-        return (m / root).div_(bias1).add_(p, alpha=decay)
+def _lamb_root(v: Tensor, bias2: float, eps: float) -> Tensor:
+    return v.sqrt().mul_(1.0 / math.sqrt(bias2)).add_(eps)

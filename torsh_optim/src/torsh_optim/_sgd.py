@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from torsh_optim._checkpoint import FORMAT
-from torsh_optim._optimizer import FusedOptimizer, ParamsT, ramp, sign
+from torsh_optim._optimizer import FusedOptimizer, ParamsT, inverse, ramp, sign
 from torsh_optim._plan import Batch, Group
 from torsh_optim._reference import chunks, sgd_
 
@@ -37,13 +37,13 @@ class SGD(FusedOptimizer):
         ValueError: A hyper-parameter is out of range, or an option asks for what is not here.
 
     Example:
-        >>> weight = torch.nn.Parameter(torch.tensor([1.0, -2.0]))
-        >>> opt = SGD([weight], lr=0.1, momentum=0.5)
+        >>> weight = torch.nn.Parameter(torch.tensor([2.0, -2.0]))
+        >>> opt = SGD([weight], lr=0.5, momentum=0.5)
         >>> for _ in range(2):
-        ...     weight.grad = torch.tensor([4.0, -2.0])
+        ...     weight.grad = torch.tensor([1.0, -2.0])
         ...     opt.step()
-        >>> weight.detach()  # steps of 0.1 and 0.1 * (0.5 + 1) times the gradient
-        tensor([ 0.0000, -1.5000])
+        >>> weight.detach()  # steps of 0.5 and 0.5 * (0.5 + 1) times the gradient
+        tensor([0.7500, 0.5000])
 
     Reference:
         Ilya Sutskever et al.: On the importance of initialization and momentum in deep learning,
@@ -55,6 +55,9 @@ class SGD(FusedOptimizer):
     rule = "sgd"
     factors_of = ("momentum", "dampening", "warmup_steps")
     factors_kind = "first"
+
+    # torch 2.11's kernel leaves garbage in the momentum of 16-bit parameters
+    _cpu_types = frozenset({torch.float32, torch.float64})
 
     def __init__(
         self,
@@ -88,7 +91,6 @@ class SGD(FusedOptimizer):
             "warmup_steps": warmup_steps,
             "torsh_version": FORMAT,
         }
-        self._check(defaults)
         super().__init__(params, defaults)
 
     def _check(self, group: Group) -> None:
@@ -141,7 +143,7 @@ class SGD(FusedOptimizer):
                 maximize=group["maximize"],
                 is_first_step=place[1],
                 # divides the gradients, in place
-                grad_scale=None if batch.scale == 1.0 else torch.tensor(1.0 / batch.scale),
+                grad_scale=None if batch.scale == 1.0 else inverse(batch.scale),
             )
 
     def _update_reference(self, batch: Batch) -> None:
