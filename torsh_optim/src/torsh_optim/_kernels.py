@@ -431,8 +431,8 @@ def update(
                 more, other = _rule(
                     p_ptr, g_ptr, s0_ptr, s1_ptr, s2_ptr, s3_ptr, s4_ptr, s5_ptr,
                     end0, end2, end3,
-                    rest, (rest >= start) & (rest < n), constants, factors, sums, coefficient, control,
-                    S0, S1, RULE, COUPLED, CAUTIOUS, USED,
+                    rest, (rest >= start) & (rest < n), constants, factors, sums, coefficient,
+                    control, S0, S1, RULE, COUPLED, CAUTIOUS, USED,
                 )  # fmt: skip
                 first += more
                 second += other

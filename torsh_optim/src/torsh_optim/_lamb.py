@@ -32,7 +32,7 @@ class LAMB(FusedOptimizer):
         bias_correction: Correct the moments for their start at zero.
         grad_averaging: Weigh a gradient in the first moment by ``1 - beta1``; False by 1.
         max_grad_norm: Clip all gradients together to this norm before anything else; None does not.
-            The default is that of NVIDIA's LAMB.
+            The default is that of NVIDIA's LAMB. On the CPU the gradients may be scaled in place.
         trust_clip: Largest trust ratio; None does not limit it.
         always_adapt: Apply the trust ratio without weight decay too.
         skip_nonfinite: With ``max_grad_norm``, leave out steps whose norm is not finite.

@@ -94,6 +94,7 @@ class Spread:
         for i, axes in self.axes.items():
             rows = self._rows.setdefault(axes, {})
             rows[i] = len(rows)
+        self._known: dict[tuple[Axes, tuple[int, ...]], Tensor] = {}
 
     def local_grads(self, grads: list[Tensor | None]) -> list[Tensor | None]:
         """Give the gradients, of DTensors the part that belongs to the part of the parameter.
@@ -146,12 +147,20 @@ class Spread:
         for axes, row_of in self._rows.items():
             mine = [bucket for bucket in buckets if bucket.axes == axes]
             whole = torch.zeros(len(row_of), 2, dtype=torch.float64, device=axes.device)
-            rows = [[row_of[i] for i in bucket.indices] for bucket in mine]
+            rows = [self._places(axes, bucket.indices) for bucket in mine]
             for bucket, places in zip(mine, rows, strict=True):
                 whole[places] = bucket.sums.to(whole)
             axes.add_up(whole)
             for bucket, places in zip(mine, rows, strict=True):
                 bucket.sums.copy_(whole[places])
+
+    def _places(self, axes: Axes, indices: list[int]) -> Tensor:
+        """Rows of parameters among those cut over ``axes``, kept: copying them would wait."""
+        key = (axes, tuple(indices))
+        if key not in self._known:
+            rows = [self._rows[axes][i] for i in indices]
+            self._known[key] = torch.tensor(rows, dtype=torch.int64, device=axes.device)
+        return self._known[key]
 
 
 def spread_like(param: Tensor, value: Tensor, name: str) -> Tensor:
