@@ -44,6 +44,35 @@ KINDS = {
     "norm": ("norm", 0b000000, False, False, False, 1, 1, 0),
 }
 
+# name of a kernel: types of its arguments, and its constants
+OTHERS: dict[str, tuple[dict[str, str], dict[str, Any]]] = {
+    "tensor_sums": (
+        {"table": "*i64", "partials": "*fp32", "sums": "*fp32"},
+        {"BLOCK": _kernels.BLOCK, "CHUNK": 1024},
+    ),
+    "total": (
+        {"partials": "*fp32", "result": "*fp64", "count": "i32"},
+        {"PARTIALS": 2, "CHUNK": 1024},
+    ),
+    "decide": ({"squares": "*fp64", "control": "*fp32"}, {}),
+    "estimate": ({"sums": "*fp64", "control": "*fp32", "inv_d0": "fp32"}, {}),
+    **{
+        f"advance {kind}": (
+            {
+                "table": "*i64",
+                "entries": "*i64",
+                "exponents": "*fp64",
+                "counts": "*fp32",
+                "control": "*fp32",
+                "factors": "*fp32",
+                "tensors": "i32",
+            },
+            {"KIND": kind, "CHUNK": 128},
+        )
+        for kind in ("bias", "first", "none")
+    },
+}
+
 
 def ptxas() -> str:
     """Path of the assembler that comes with Triton."""
@@ -95,6 +124,24 @@ def compiled(name: str, dtype: tl.dtype) -> dict[str, Any]:
     }
 
 
+def compile_other(name: str) -> None:
+    """Compile a kernel that reduces or decides."""
+    types, constants = OTHERS[name]
+    kernel = getattr(_kernels, name.split()[0])
+    unspecialized = {kernel.arg_names[i] for i in kernel.do_not_specialize if isinstance(i, int)}
+    unspecialized |= {i for i in kernel.do_not_specialize if isinstance(i, str)}
+    integers = {argument for argument, kind in types.items() if kind == "i32"}
+    assert integers <= unspecialized, "a value of 1 would become a constant"
+    source = ASTSource(
+        fn=kernel,
+        signature=types | dict.fromkeys(constants, "constexpr"),
+        constexprs=constants,
+    )
+    triton.compile(source, target=GPUTarget("cuda", 90, 32))
+
+
 if __name__ == "__main__":
+    for other in OTHERS:
+        compile_other(other)
     names = sys.argv[1:] or list(KINDS)
     print(json.dumps([compiled(n, d) for n in names for d in (tl.float32, tl.bfloat16)]))

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from torsh_optim import AdamW
-from torsh_optim._launch import _block_map
+from torsh_optim import LAMB, SGD, AdamW, AdvancedAdam, Lion
+from torsh_optim._launch import _AT_CONSTANTS, _AT_ENTRIES, _AT_FACTORS, _block_map
 from torsh_optim._plan import Hypers
 
 
@@ -86,13 +86,13 @@ def test_only_what_changed_is_sent(triton_adamw: type[AdamW]) -> None:
     groups = opt.param_groups
 
     def write(grads: list[Tensor | None], *, rates: tuple[float, float] = (1e-3, 1e-3)) -> Any:
-        bucket._dirty = 4
+        bucket._dirty = _AT_FACTORS
         bucket._write_constants(Hypers(groups, False, list(rates)))
         bucket._write_entries(Hypers(groups, False, list(rates)), grads, steps)
         return bucket._dirty, bucket._keys
 
     steps = [2.0] * len(params)
-    factors, entries, constants = 4, 2, 1
+    factors, entries, constants = _AT_FACTORS, _AT_ENTRIES, _AT_CONSTANTS
     assert write(grads) == (factors, [(0, 2.0), (1, 2.0)])
     assert write(grads, rates=(1e-2, 1e-3)) == (constants, [(0, 2.0), (1, 2.0)])
     assert write(grads, rates=(1e-2, 1e-3))[0] == factors
@@ -102,12 +102,51 @@ def test_only_what_changed_is_sent(triton_adamw: type[AdamW]) -> None:
     assert bucket._host_entries[:, 1].tolist() == [0, 1, 1, 1, 1, *[2] * 7]
 
 
+@pytest.mark.parametrize("max_grad_norm", [None, 1.0])
+def test_gradients_that_stay_where_they_are(
+    triton_adamw: type[AdamW], max_grad_norm: float | None
+) -> None:
+    """Only factors, constants or entries are sent, and each when it has to be."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    mine = _params(device)
+    theirs = [torch.nn.Parameter(param.detach().clone()) for param in mine]
+    for a, b in zip(mine, theirs, strict=True):
+        b.grad = a.grad
+    options = {"lr": 0.1, "warmup_steps": 4, "max_grad_norm": max_grad_norm}
+    ours, reference = triton_adamw(mine, **options), AdamW(theirs, fused=False, **options)
+    kept = mine[3].grad
+    for step in range(9):
+        for opt, params in ((ours, mine), (reference, theirs)):
+            if step == 3:
+                opt.param_groups[0]["lr"] = 0.05
+            if step == 5:
+                opt.param_groups[0]["betas"] = (0.5, 0.9)
+            params[3].grad = None if step == 7 else kept
+            opt.step()
+        for a, b in zip(mine, theirs, strict=True):
+            torch.testing.assert_close(a, b, rtol=2e-6, atol=1e-6)  # a few roundings of the step
+
+
 @pytest.mark.gpu
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda p: AdamW(p, amsgrad=True, fused=True),
+        lambda p: AdamW(p, max_grad_norm=1.0, warmup_steps=20),
+        lambda p: AdvancedAdam(p, cautious=True, ema_decay=0.9, max_grad_norm=1.0),
+        lambda p: AdvancedAdam(p, adaptive_lr=True),
+        LAMB,
+        lambda p: LAMB(p, max_grad_norm=None),
+        Lion,
+        lambda p: SGD(p, momentum=0.9, max_grad_norm=1.0),
+        lambda p: AdamW([{"params": p[:4]}, {"params": p[4:], "weight_decay": 0.0}]),
+    ],
+)
 def test_steps_do_not_synchronise_or_allocate(
+    build: Callable[[list[Tensor]], torch.optim.Optimizer],
     forbid_synchronisation: Callable[[], AbstractContextManager[None]],
 ) -> None:
-    params = _params("cuda")
-    opt = AdamW(params, amsgrad=True, fused=True)
+    opt = build(_params("cuda"))
     for _ in range(8):  # compiles, and goes once around the ring
         opt.step()
     torch.cuda.synchronize()

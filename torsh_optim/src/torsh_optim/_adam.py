@@ -310,11 +310,10 @@ class AdvancedAdam(FusedOptimizer):
             if group["adaptive_lr"]:
                 assert batch.control is not None
                 weight = 1.0 if group["warmup_steps"] else lr
-                found = prodigy_(
-                    param, grad, *states,
-                    d=batch.control.d(), d0=D0, lr=lr, weight=weight, **common,
-                )  # fmt: skip
-                estimates += found.cpu()
+                d = batch.control.d()
+                for p, g, *others in chunks(param, grad, *states):
+                    found = prodigy_(p, g, *others, d=d, d0=D0, lr=lr, weight=weight, **common)
+                    estimates += found.cpu()
                 continue
             agreeing = None
             if group["cautious"]:

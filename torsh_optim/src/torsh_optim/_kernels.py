@@ -475,7 +475,7 @@ def tensor_sums(
     tl.store(sums + 2 * tensor + 1, tl.sum(second))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count"])  # a count of 1 would become a constant
 def total(
     partials: tl.tensor,
     result: tl.tensor,
@@ -547,7 +547,7 @@ def estimate(sums: tl.tensor, control: tl.tensor, inv_d0: tl.tensor):
         tl.store(control + 7, tl.where(denominator > 0.0, numerator, tl.load(control + 7)))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tensors"])
 def advance(
     table: tl.tensor,
     entries: tl.tensor,

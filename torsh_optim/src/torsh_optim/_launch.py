@@ -1,7 +1,7 @@
 """The launch table: how one kernel launch finds every tensor and its hyper-parameters."""
 
 from array import array
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from itertools import accumulate, chain
 from typing import Any, Protocol
@@ -20,6 +20,7 @@ _WORDS, _CONSTANTS, _FACTORS, _EXPONENTS = (
     for width in (_kernels.WORDS, _kernels.CONSTANTS, _kernels.FACTORS, _kernels.EXPONENTS)
 )
 _STATES, _ELEMENTS, _GROUP, _FIRST = 1, 7, 8, 9
+_AT_CONSTANTS, _AT_EXPONENTS, _AT_ENTRIES, _AT_FACTORS = range(1, 5)
 _SLOTS = 6
 _RING = 4  # how many steps the host may be ahead of the device before it waits
 _CHUNK = 1024  # numbers that a reducing kernel takes at once
@@ -53,6 +54,7 @@ class LaunchBucket(Bucket):
 
     - the table, ``(tensors, 10)`` int64: addresses of parameter and states, sizes, group;
     - constants, ``(groups, 12)`` float32: learning rate and other hyper-parameters;
+    - exponents, ``(groups, 4)`` float64: what the device needs to make the factors itself;
     - entries, ``(tensors, 2)`` int64: address of the gradient, row of factors;
     - factors, ``(rows, 4)`` float32: what changes in every step. Groups whose factors are equal
       share a row. With ``control`` the device counts the steps and writes the factors itself.
@@ -96,21 +98,26 @@ class LaunchBucket(Bucket):
     def _lay_out(self, elements: Tensor) -> None:
         count, rows = len(self.params), len(self._rows_of)
         # all even, so that each part begins at a multiple of 16 bytes
-        sizes = [count * _WORDS, rows * _CONSTANTS // 2, count * 2, count * _FACTORS // 2]
+        widths = (_WORDS, _CONSTANTS // 2, _EXPONENTS, 2, _FACTORS // 2)
+        sizes = [
+            width * (rows if part in (_AT_CONSTANTS, _AT_EXPONENTS) else count)
+            for part, width in enumerate(widths)
+        ]
         self._begin = [0, *accumulate(sizes)]
         self._host = torch.zeros(self._begin[-1], dtype=torch.int64, device="cpu")
-        self._sender = _Sender(self._host, self.device) if self._on_cuda else None
-        sent = self._host if self._sender is None else self._sender.sent
+        self._sender = (_Ring if self._on_cuda else _Sender)(self._host, self.device)
         parts = [
             [block[b : b + size] for b, size in zip(self._begin[:-1], sizes, strict=True)]
-            for block in (self._host, sent)
+            for block in (self._host, self._sender.sent)
         ]
         self._host_table = parts[0][0].view(count, _WORDS)
         self._host_constants = parts[0][1].view(torch.float32).view(rows, _CONSTANTS)
-        self._host_entries = parts[0][2].view(count, 2)
-        self._host_factors = parts[0][3].view(torch.float32)
-        self._table, self._constants, self._entries, self._factors = parts[1]
+        self._host_exponents = parts[0][2].view(torch.float64).view(rows, _EXPONENTS)
+        self._host_entries = parts[0][3].view(count, 2)
+        self._host_factors = parts[0][4].view(torch.float32)
+        self._table, self._constants, self._exponents, self._entries, self._factors = parts[1]
         self._constants = self._constants.view(torch.float32)
+        self._exponents = self._exponents.view(torch.float64)
         self._factors = self._factors.view(torch.float32)
 
         self._host_table[:, 0] = _words(self._addresses[:count])
@@ -200,8 +207,6 @@ class LaunchBucket(Bucket):
         args = [self._partials, self._estimates, programs, 2, _CHUNK]
         self._total_estimates = _Start(_kernels.total, 2, args, num_warps=8)
 
-        shape = (len(self._rows_of), _EXPONENTS)
-        self._exponents = torch.empty(shape, dtype=torch.float64, device=self.device)
         args = [
             *(self._table, self._entries, self._exponents, self.counts, self._values, factors),
             *(count, self._rule.factors_kind, 128),
@@ -215,10 +220,9 @@ class LaunchBucket(Bucket):
         self._write_constants(hypers)
         steps = None if self._controlled else self._count(grads)
         self._write_entries(hypers, grads, steps)
-        if self._sender is not None:
-            with self._here():
-                self._sender.send(self._begin[self._dirty], self._used)
-        self._dirty = 4
+        with self._here():
+            self._sender.send(self._begin[self._dirty], self._used)
+        self._dirty = _AT_FACTORS
         for row, rate in self._device_rates:  # read on the device: no synchronisation
             self._constants[row * _CONSTANTS].copy_(rate.reshape(()), non_blocking=True)
 
@@ -231,8 +235,7 @@ class LaunchBucket(Bucket):
         with self._here():
             for start in self._starts:
                 start()
-            if self._sender is not None:
-                self._sender.mark()
+            self._sender.mark()
         # the kernel knows addresses only: without this a graph that saved a parameter would not
         # notice that its value has changed
         written = self.params
@@ -255,11 +258,7 @@ class LaunchBucket(Bucket):
     def _write_constants(self, hypers: Hypers) -> None:
         if hypers.changed or not self._kinds:
             groups = [hypers.groups[number] for number in self._rows_of]
-            rows = [self._rule.constants(group) for group in groups]
-            for row, values in enumerate(rows):
-                self._host_constants[row, : len(values)] = torch.tensor(
-                    values, dtype=torch.float32, device="cpu"
-                )
+            self._host_constants.copy_(_rows(map(self._rule.constants, groups), _CONSTANTS))
             first: dict[tuple[Any, ...], int] = {}
             kinds = [
                 first.setdefault(
@@ -271,13 +270,7 @@ class LaunchBucket(Bucket):
             self._rates = []
             self._keys = []
             if self._controlled:
-                exponents = torch.zeros(len(rows), _EXPONENTS, dtype=torch.float64, device="cpu")
-                for row, group in enumerate(groups):
-                    values = self._rule.exponents(group)
-                    exponents[row, : len(values)] = torch.tensor(
-                        values, dtype=torch.float64, device="cpu"
-                    )
-                self._exponents.copy_(exponents)
+                self._host_exponents.copy_(_rows(map(self._rule.exponents, groups), _EXPONENTS))
         rates = hypers.rates
         if len(self._rows_of) != len(rates):
             rates = [rates[number] for number in self._rows_of]
@@ -290,7 +283,7 @@ class LaunchBucket(Bucket):
         if rates != self._rates:
             self._host_constants[:, 0] = torch.frombuffer(array("f", rates), dtype=torch.float32)
             self._rates = list(rates)
-            self._dirty = min(self._dirty, 1)
+            self._dirty = min(self._dirty, _AT_CONSTANTS)
 
     def _write_entries(
         self, hypers: Hypers, grads: list[Tensor | None], steps: list[float] | None
@@ -308,17 +301,17 @@ class LaunchBucket(Bucket):
         if addresses != self._grads:
             self._host_entries[:, 0] = _words(addresses)
             self._grads = addresses
-            self._dirty = min(self._dirty, 2)
-        self._used = self._begin[3]
+            self._dirty = min(self._dirty, _AT_ENTRIES)
+        self._used = self._begin[_AT_FACTORS]
         self._complete = complete
         if steps is None:
             if not self._factor_rows:
                 self._factor_rows = list(range(len(grads)))
                 self._host_entries[:, 1] = _words(self._factor_rows)
-                self._dirty = min(self._dirty, 2)
+                self._dirty = min(self._dirty, _AT_ENTRIES)
             return
         if complete and steps.count(steps[0]) == len(steps):
-            if self._keys and self._keys[0][1] != 0.0 and self._uniform:
+            if self._keys and self._uniform:
                 keys = [(kind, steps[0]) for kind, _ in self._keys]
                 rows = self._factor_rows
             else:
@@ -336,7 +329,7 @@ class LaunchBucket(Bucket):
             self._uniform = False
         if rows is not self._factor_rows and rows != self._factor_rows:
             self._host_entries[:, 1] = _words(rows)
-            self._dirty = min(self._dirty, 2)
+            self._dirty = min(self._dirty, _AT_ENTRIES)
         self._factor_rows, self._keys = rows, keys
         numbers_of = self._rule.factors
         values = array(
@@ -401,6 +394,12 @@ def _is_tensor(value: Any) -> bool:
     return isinstance(value, Tensor)
 
 
+def _rows(rows: Iterable[tuple[float, ...]], width: int) -> Tensor:
+    """Rows of numbers, filled up with zeros: ``(rows, width)`` in float64."""
+    numbers = array("d", chain.from_iterable((*r, *[0.0] * (width - len(r))) for r in rows))
+    return torch.frombuffer(numbers, dtype=torch.float64).view(-1, width)
+
+
 def _words(numbers: list[int]) -> Tensor:
     """An int64 tensor of the numbers, several times faster than ``torch.tensor``."""
     return torch.frombuffer(array("q", numbers), dtype=torch.int64)
@@ -415,15 +414,29 @@ def _block_map(elements: Tensor, block: int) -> Tensor:
 
 
 class _Sender:
-    """Copies a host tensor to the device without waiting, through a ring of pinned buffers.
+    """Copies parts of a host tensor to where the kernels read it."""
+
+    def __init__(self, host: Tensor, device: torch.device) -> None:
+        self._host = host
+        self.sent = torch.empty_like(host, device=device)
+
+    def send(self, first: int, last: int) -> None:
+        if first < last:
+            self.sent[first:last].copy_(self._host[first:last])
+
+    def mark(self) -> None:
+        """Note that all work which needs the last copy has been queued."""
+
+
+class _Ring(_Sender):
+    """Copies to the device without waiting, through a ring of pinned buffers.
 
     A buffer is written again only after the launches that needed its copy have finished, so neither
     the buffer nor the device's table is overwritten while it is still in use.
     """
 
     def __init__(self, host: Tensor, device: torch.device) -> None:
-        self._host = host
-        self.sent = torch.empty_like(host, device=device)
+        super().__init__(host, device)
         self._ring = [torch.empty_like(host, pin_memory=True) for _ in range(_RING)]
         self._done = [torch.cuda.Event() for _ in range(_RING)]
         self._turn = 0
@@ -442,6 +455,5 @@ class _Sender:
             self.sent[first:last].copy_(pinned, non_blocking=True)
 
     def mark(self) -> None:
-        """Note that all work which needs the last copy has been queued."""
         self._done[self._turn].record(self._stream)
         self._turn = (self._turn + 1) % _RING

@@ -498,13 +498,12 @@ class FusedOptimizer(Optimizer):
         if any(tensor.stride() != param.stride() for tensor in states):
             return "reference", "its state has another memory layout"
         everything = {param.dtype, grad_dtype, *(tensor.dtype for tensor in states)}
-        same = len(everything) == 1
-        has_update_cpu = self._has_update_cpu(group) and everything <= self._cpu_types
         for candidate in self._implementations:
-            if candidate == "cpu-fused" and param.is_cpu and has_update_cpu:
-                if same:
+            if candidate == "cpu-fused" and param.is_cpu:
+                same = len(everything) == 1 and everything <= self._cpu_types
+                if same and self._has_update_cpu(group):
                     return candidate, None
-            elif candidate == "cpu-chunked" and param.is_cpu and not has_update_cpu:
+            elif candidate == "cpu-chunked" and param.is_cpu:
                 if everything <= {*_FLOATS, torch.float64}:
                     return candidate, None
             elif candidate == "triton" and (param.is_cuda or (param.is_cpu and _interpreting())):

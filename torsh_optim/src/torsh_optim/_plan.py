@@ -100,7 +100,11 @@ class Bucket:
         The 0-d tensors in the state stay the same objects; only their memory becomes a view.
         """
         self.steps = steps
-        counts = torch.tensor([float(step) for step in steps], dtype=torch.float32, device=device)
+        if len({step.device for step in steps}) == 1:  # on a device: without a wait for each
+            counts = torch.stack([step.float() for step in steps]).to(device)
+        else:
+            numbers = [float(step) for step in steps]
+            counts = torch.tensor(numbers, dtype=torch.float32, device=device)
         for step, view in zip(steps, counts.unbind(), strict=True):
             step.data = view
         return counts

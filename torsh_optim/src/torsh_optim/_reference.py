@@ -201,19 +201,18 @@ def prodigy_(
         g = _gradient(grad, p, scale)
         if l2 != 0.0:
             g = g.add(p, alpha=l2)
-        way = (g * (start - p)).sum(dtype=torch.float64) * lr
+        way = torch.dot(g.flatten(), (start - p).flatten()).double() * lr
         if lr != 0.0:  # a frozen group has no part in the estimate
             total.mul_(math.sqrt(beta2)).add_(g, alpha=weight * d * d / d0)
-        g = g * d
         p.mul_(1 - lr * d * decay)
-        m.lerp_(g, 1 - beta1)
-        v.mul_(beta2).addcmul_(g, g, value=1 - beta2)
+        m.mul_(beta1).add_(g, alpha=(1 - beta1) * d)
+        v.mul_(beta2).addcmul_(g, g, value=(1 - beta2) * d * d)
         if x is not None:
             v = torch.maximum(x, v, out=x)
         p.addcdiv_(m, v.sqrt().add_(eps * d), value=-lr * d)
         if e is not None:
             e.lerp_(p, ema_weight)
-        size = total.abs().sum(dtype=torch.float64) * (lr != 0.0)
+        size = torch.linalg.vector_norm(total, 1).double() * (lr != 0.0)
     return torch.stack([way, size])
 
 
