@@ -68,3 +68,28 @@ def test_torchs_defaults(kind: Any, decay: float) -> None:
     ours = kind(param).defaults
     assert ours["weight_decay"] == decay
     assert {key: ours[key] for key in theirs} == theirs
+
+
+def test_usual_mistakes_are_named() -> None:
+    model = torch.nn.Linear(2, 2)
+    with pytest.raises(
+        TypeError, match=r"params is a Linear; pass its parameters: Adam\(model.par"
+    ):
+        Adam(model)  # pyrefly: ignore[bad-argument-type]
+    for option in ({"lr": "1e-3"}, {"eps": "1e-8"}, {"weight_decay": "0.1"}, {"lr": True}):
+        key, value = next(iter(option.items()))
+        with pytest.raises(TypeError, match=f"{key}={value!r} is a .*, not a number"):
+            Adam(model.parameters(), **option)  # pyrefly: ignore[bad-argument-type]
+
+
+def test_options_in_a_list_can_be_changed(implement: Any) -> None:
+    results = []
+    for betas in ([0.9, 0.999], (0.9, 0.999)):
+        param = torch.nn.Parameter(torch.ones(3))
+        opt = implement(Adam)([{"params": [param], "betas": betas}], lr=0.1)
+        for _ in range(2):
+            param.grad = torch.full_like(param, 2.0)
+            opt.step()
+            opt.param_groups[0]["betas"] = [0.1, 0.9]
+        results.append(param.detach().clone())
+    assert torch.equal(*results)

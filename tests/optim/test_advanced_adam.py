@@ -1,5 +1,6 @@
 """AdvancedAdam: what it adds to Adam, against formulas, torch and prodigyopt."""
 
+import contextlib
 import copy
 import math
 from typing import Any
@@ -214,10 +215,16 @@ def test_adaptive_refuses() -> None:
     params = [torch.nn.Parameter(torch.ones(1)) for _ in range(2)]
     with pytest.raises(ValueError, match=r"estimates one step size, but the groups have lr \[0.5,"):
         AdvancedAdam([{"params": params[:1], "lr": 0.5}, {"params": params[1:]}], adaptive_lr=True)
+    opt = AdvancedAdam(params[:1], adaptive_lr=True)
+    with pytest.raises(ValueError, match="estimates one step size"):
+        opt.add_param_group({"params": params[1:], "lr": 0.5})
+    assert len(opt.param_groups) == 1
+    with pytest.warns(UserWarning, match=r"lr=0.001 makes them smaller still; lr=1.0 is meant"):
+        AdvancedAdam(params, lr=1e-3, adaptive_lr=True)
     with pytest.raises(ValueError, match="adaptive_lr and cautious cannot be used together"):
         AdvancedAdam(params, adaptive_lr=True, cautious=True)
     with pytest.raises(ValueError, match="adaptive_lr=True in a parameter group, False in others"):
-        AdvancedAdam([{"params": params[:1]}, {"params": params[1:], "adaptive_lr": True}])
+        AdvancedAdam([{"params": params[:1]}, {"params": params[1:], "adaptive_lr": True}], lr=1.0)
     for dtype in (torch.float16, torch.bfloat16):
         half = torch.nn.Parameter(torch.ones(1, dtype=dtype))
         half.grad = torch.ones_like(half)
@@ -228,6 +235,35 @@ def test_adaptive_refuses() -> None:
 
 
 # --- averages, decay, warm-up ---
+
+
+def test_ema_of_16_bit_weights_moves() -> None:
+    weight = torch.nn.Parameter(torch.ones(3, dtype=torch.bfloat16))
+    opt = AdvancedAdam([weight], lr=0.0, ema_decay=0.999)
+    weight.grad = torch.zeros_like(weight)
+    opt.step()
+    with torch.no_grad():
+        weight.fill_(2.0)
+    for _ in range(1000):
+        opt.step()
+    ema = opt.state[weight]["ema"]
+    assert ema.dtype == torch.float32
+    torch.testing.assert_close(ema, torch.full((3,), 2.0 - 0.999**1000), rtol=1e-4, atol=0)
+
+
+def test_ema_weights_come_and_go() -> None:
+    first, still = (torch.nn.Parameter(torch.zeros(2)) for _ in range(2))
+    opt = AdvancedAdam([first, still], lr=1.0, ema_decay=0.5)
+    nothing = opt.ema_weights()
+    with pytest.raises(RuntimeError, match="no parameter has an average yet; set ema_decay"):
+        nothing.__enter__()
+    first.grad = -torch.ones(2)
+    opt.step()
+    with contextlib.suppress(KeyError), opt.ema_weights():  # they come back after an error, too
+        torch.testing.assert_close(first.detach(), torch.full((2,), 0.5))
+        raise KeyError
+    torch.testing.assert_close(first.detach(), torch.ones(2))
+    assert torch.equal(still, torch.zeros(2))
 
 
 @pytest.mark.parametrize("cautious", [False, True])

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from torsh_optim import AdamW, Lookahead
+from torsh_optim import LAMB, SGD, AdamW, Lion, Lookahead
 
 
 def _pair(**options: Any) -> list[Tensor]:
@@ -345,3 +345,77 @@ def test_state_and_optimizer_are_pickled_in_linear_size(make: Any) -> None:
     _steps(params, opt, 1)
     assert [step.item() for step in steps] == [3] * 200  # the optimizer's own stay what they were
     assert kept["state"][7]["step"] == 2
+
+
+def _stepped(kind: Any, **options: Any) -> torch.optim.Optimizer:
+    param = torch.nn.Parameter(torch.ones(3))
+    param.grad = torch.ones(3)
+    opt: torch.optim.Optimizer = kind([param], **options)
+    opt.step()
+    return opt
+
+
+@pytest.mark.parametrize(
+    ("source", "target", "option"),
+    [
+        (AdamW, Lion, "amsgrad"),
+        (torch.optim.AdamW, Lion, "amsgrad"),
+        (AdamW, LAMB, "amsgrad"),
+        (LAMB, AdamW, "always_adapt"),
+        (torch.optim.AdamW, SGD, "amsgrad"),
+        (torch.optim.SGD, AdamW, "dampening"),
+        (torch.optim.RMSprop, SGD, "alpha"),
+        (torch.optim.NAdam, AdamW, "momentum_decay"),
+    ],
+)
+def test_states_of_other_algorithms_are_refused(source: Any, target: Any, option: str) -> None:
+    opt = target([torch.nn.Parameter(torch.ones(3))])
+    before = copy.deepcopy(opt.state_dict())
+    with pytest.raises(ValueError, match=f"option '{option}', which {target.__name__} does not"):
+        opt.load_state_dict(_stepped(source).state_dict())
+    assert opt.state_dict() == before
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda s: s["state"][0].update(exp_avg=torch.ones(3, dtype=torch.uint8)), "torch.uint8"),
+        (lambda s: s["state"][0].update(exp_avg=torch.ones(3) * 1j), "is torch.complex64, the par"),
+        (lambda s: s["state"][0].update(step=torch.tensor(torch.nan)), "is nan, not a whole"),
+        (lambda s: s["state"][0].update(step=-5), "is -5.0, not a whole number of at least 0"),
+        (lambda s: s["state"][0].update(step=2.5), "is 2.5, not a whole number"),
+        (lambda s: s["state"].update({7: s["state"][0]}), "an entry 7, but no parameter of that"),
+        (lambda s: s["param_groups"][0].update(torsh_version=-1), "torsh_version=-1 .* no version"),
+        (
+            lambda s: s["param_groups"][0].update(torsh_version="2"),
+            "torsh_version='2' .* no version",
+        ),
+        (lambda s: s["param_groups"][0].pop("params"), "no list 'params'"),
+    ],
+)
+def test_damaged_states_are_refused(change: Any, message: str) -> None:
+    opt = _stepped(AdamW)
+    saved = copy.deepcopy(opt.state_dict())
+    change(saved)
+    with pytest.raises(ValueError, match=message):
+        opt.load_state_dict(saved)
+    opt.step()
+
+
+def test_no_state_at_all() -> None:
+    opt = _stepped(AdamW)
+    for wrong in (None, "state.pt"):
+        with pytest.raises(
+            TypeError, match="an optimizer state is a dictionary, got (NoneType|str)"
+        ):
+            opt.load_state_dict(wrong)  # pyrefly: ignore[bad-argument-type]
+
+
+def test_loading_says_what_it_switches_off() -> None:
+    opt = _stepped(AdamW, max_grad_norm=1.0, warmup_steps=3)
+    with pytest.warns(UserWarning, match="switches max_grad_norm off: 1.0 here, None there"):
+        opt.load_state_dict(_stepped(AdamW).state_dict())
+    assert opt.param_groups[0]["max_grad_norm"] is None
+    kept = _stepped(AdamW, max_grad_norm=1.0, warmup_steps=3)
+    kept.load_state_dict(_stepped(torch.optim.AdamW).state_dict())  # torch's has no such option
+    assert [kept.param_groups[0][key] for key in ("max_grad_norm", "warmup_steps")] == [1.0, 3]

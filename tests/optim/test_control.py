@@ -359,3 +359,29 @@ def test_norm_is_the_same_in_each_run() -> None:
     assert len(norms) == 1
     exact = param.grad.double().norm().item()
     assert norms.pop() == pytest.approx(exact, rel=1e-6)
+
+
+def test_gradients_are_not_changed(implement: Any) -> None:
+    for kind, options in ((AdamW, {}), (SGD, {"momentum": 0.9}), (LAMB, {}), (Lion, {})):
+        param = torch.nn.Parameter(torch.ones(5))
+        opt = implement(kind)([param], max_grad_norm=0.1, **options)
+        grad = torch.full((5,), 3.0, device=param.device)
+        param.grad = grad.clone()
+        for _ in range(2):
+            opt.step()
+        assert torch.equal(param.grad, grad), kind
+        torch.testing.assert_close(opt.grad_norm, grad.norm())
+
+
+def test_one_norm_for_all_groups() -> None:
+    params = [torch.nn.Parameter(torch.ones(1)) for _ in range(2)]
+    opt = SGD([{"params": params[:1]}, {"params": params[1:]}], lr=1.0, max_grad_norm=1.0)
+    for param in params:
+        param.grad = torch.ones(1)
+    opt.step()
+    opt.param_groups[0]["max_grad_norm"] = None
+    with pytest.raises(ValueError, match=r"max_grad_norm differs between parameter groups: \[None"):
+        opt.step()
+    saved = opt.state_dict()
+    with pytest.raises(ValueError, match="max_grad_norm differs between"):
+        SGD([{"params": params[:1]}, {"params": params[1:]}]).load_state_dict(saved)

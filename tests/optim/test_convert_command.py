@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.optim.foreign_states import OPTIONS, STATES, same, some_params, train
+from tests.optim.foreign_states import OPTIONS, STATES, as_apex, same, some_params, train
 from torsh_optim import AdamW, Lookahead
 from torsh_optim._convert_command import convert
 from torsh_optim._state_file import read_checkpoint
@@ -19,11 +19,15 @@ from torsh_optim._state_file import read_checkpoint
 pytest.importorskip("rich")
 
 
-def torch_state(steps: int = 3) -> dict[str, Any]:
+def torch_optimizer(steps: int = 3) -> torch.optim.Optimizer:
     params = some_params()
     opt = torch.optim.AdamW(params, **OPTIONS)
     train(params, opt, steps)
-    return opt.state_dict()
+    return opt
+
+
+def torch_state(steps: int = 3) -> dict[str, Any]:
+    return torch_optimizer(steps).state_dict()
 
 
 def saved(path: Path, content: Any) -> Path:
@@ -310,9 +314,72 @@ def test_places(tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match="--from torch --to torch has nothing to convert"):
         convert(source, tmp_path / "b.pt", from_="torch", to="torch")
     params = some_params()
-    sgd = saved(tmp_path / "c.pt", torch.optim.SGD(params, lr=0.1).state_dict())
-    with pytest.raises(SystemExit, match=r"c\.pt: no optimizer here continues one of apex"):
-        convert(sgd, tmp_path / "b.pt", from_="apex", to="torsh")
+    rmsprop = saved(tmp_path / "c.pt", torch.optim.RMSprop(params, lr=0.1).state_dict())
+    with pytest.raises(SystemExit, match=r"c\.pt: no optimizer here continues one of torch"):
+        convert(rmsprop, tmp_path / "b.pt", from_="torch", to="torsh")
+
+
+def foreign_files(tmp_path: Path) -> dict[str, Path]:
+    """A file of each kind that can be told, and one of what apex and its kin have in common."""
+    weight = torch.nn.Parameter(torch.ones(4))
+    ours = AdamW([weight])
+    train([weight], ours, 1)
+    group = {"lr": 0.1, "betas": (0.9, 0.99), "weight_decay": 0.0, "params": [0]}
+    lion = {"state": {0: {"step": 2, "state1": torch.ones(3)}}, "param_groups": [group]}
+    return {
+        "torch": saved(tmp_path / "torch.pt", torch_state()),
+        "torsh": saved(tmp_path / "torsh.pt", ours.state_dict()),
+        "bnb": saved(tmp_path / "bnb.pt", lion),
+        "apex": saved(tmp_path / "apex.pt", as_apex(torch_optimizer(), 3)),
+    }
+
+
+@pytest.mark.parametrize(
+    ("file", "wrong", "message"),
+    [
+        *(
+            ("torch", kind, f"looks like a state of torch.optim, not of {kind}: --from torch$")
+            for kind in ("apex", "te", "deepspeed", "bnb", "torsh")
+        ),
+        ("torsh", "torch", "looks like a state of torsh_optim, not of torch: --from torsh$"),
+        ("torsh", "apex", "--from torsh$"),
+        ("bnb", "torch", "looks like a state of bitsandbytes, not of torch: --from bnb$"),
+        ("bnb", "te", "--from bnb$"),
+        ("apex", "torch", "--from apex or --from te or --from deepspeed$"),
+        ("apex", "bnb", "--from apex or --from te or --from deepspeed$"),
+        ("apex", "torsh", "--from apex or --from te or --from deepspeed$"),
+    ],
+)
+def test_a_wrong_kind_is_named(tmp_path: Path, file: str, wrong: Any, message: str) -> None:
+    source = foreign_files(tmp_path)[file]
+    to = "apex" if wrong == "torsh" else "torsh"
+    with pytest.raises(SystemExit, match=message):
+        convert(source, tmp_path / "new.pt", from_=wrong, to=to)  # type: ignore[arg-type]
+    assert not (tmp_path / "new.pt").exists()
+
+
+@pytest.mark.parametrize("kind", ["apex", "te", "deepspeed"])
+def test_what_looks_alike_is_taken(tmp_path: Path, kind: Any) -> None:
+    convert(foreign_files(tmp_path)["apex"], tmp_path / "new.pt", from_=kind, to="torsh")
+    assert torch.load(tmp_path / "new.pt", weights_only=True)["state"][0]["step"] == 3
+
+
+def test_a_wrapped_torch_optimizer_may_go_to_safetensors(tmp_path: Path) -> None:
+    pytest.importorskip("safetensors")
+    state = Lookahead(torch_optimizer()).state_dict()
+    source = saved(tmp_path / "a.pt", state)
+    convert(source, tmp_path / "b.safetensors", from_="torsh", to="torsh")
+    assert same(read_checkpoint(tmp_path / "b.safetensors"), state)
+
+
+def test_messages_are_in_the_words_of_the_command(tmp_path: Path) -> None:
+    files = foreign_files(tmp_path)
+    convert(files["bnb"], tmp_path / "lion.pt", from_="bnb", to="torsh", algorithm="lion")
+    with pytest.raises(SystemExit, match=r"continues lion exactly; --to torch takes adam and sgd$"):
+        convert(tmp_path / "lion.pt", tmp_path / "new.pt", from_="torsh", to="torch")
+    message = "a state of lion or sgd, which --algorithm adam contradicts$"
+    with pytest.raises(SystemExit, match=message):
+        convert(files["bnb"], tmp_path / "new.pt", from_="bnb", to="torsh", algorithm="adam")
 
 
 def test_force_replaces_the_source_itself(

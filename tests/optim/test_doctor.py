@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from torsh_optim import SGD, _doctor
-from torsh_optim._doctor import ALGORITHMS, TOLERANCE, Finding, doctor, examine, notes
+from torsh_optim._doctor import ALGORITHMS, TOLERANCE, Finding, doctor, examine, kernel_notes, notes
 
 
 @pytest.fixture(scope="module")
@@ -80,6 +80,17 @@ def test_one_thread_is_noted() -> None:
     finally:
         torch.set_num_threads(threads)
     assert found == (torch.multiprocessing.cpu_count() > 1)
+
+
+def test_why_the_kernels_are_not_used_is_noted() -> None:
+    for triton in (True, False):
+        [note] = kernel_notes(cuda=False, triton=triton)
+        assert "no CUDA device" in note
+        assert "cpu-fused" in note
+    [note] = kernel_notes(cuda=True, triton=False)
+    assert "pip install triton" in note
+    assert kernel_notes(cuda=True, triton=True) == []
+    assert any("no CUDA device" in note for note in notes()) != torch.cuda.is_available()
 
 
 def test_command_prints_json() -> None:

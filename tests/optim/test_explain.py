@@ -86,7 +86,10 @@ def test_a_tensor_alone_and_no_groups() -> None:
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        (nn.Linear(2, 2), "takes an optimizer or a list of parameter groups, got Linear"),
+        (
+            nn.Linear(2, 2),
+            "takes an optimizer or a list of parameter groups, got Linear; for a model: expl",
+        ),
         (list(nn.Linear(2, 2).parameters()), "got list of other things"),
         ([{"lr": 0.1}], "got list of other things"),
         ([{"params": nn.Linear(2, 2).parameters()}], "group '0' are an iterator, which counting"),

@@ -31,6 +31,14 @@ def broken():
     raise RuntimeError("no such weights")
 
 
+def many_lines():
+    raise KeyError("first\\nsecond")
+
+
+def with_arguments(width, *, depth, bias=True, **options):
+    return nn.Linear(width, depth)
+
+
 def other():
     return [1]
 
@@ -142,16 +150,36 @@ def test_a_missing_package_is_named(own_models: str, monkeypatch: pytest.MonkeyP
         ("buidl", "own_models_of_test has no 'buidl'; it has .*build"),
         ("NUMBER", "NUMBER is a int, not a function"),
         ("other", "made a list, not a torch.nn.Module"),
+        ("broken", r"test:broken failed with RuntimeError: no such weights \(.*_of_test\.py:\d+\)"),
+        ("many_lines", r"test:many_lines failed with KeyError: .*first.*second.* \("),
+        ("with_arguments", "with_arguments needs the arguments width, depth; give a function wit"),
     ],
 )
 def test_errors_of_own_modules(name: str, message: str, own_models: str) -> None:
-    with pytest.raises(SystemExit, match=message):
+    with pytest.raises(SystemExit, match=message) as end:
         groups(f"{own_models}:{name}")
+    assert len(str(end.value).splitlines()) == 1
 
 
-def test_errors_of_the_function_are_its_own(own_models: str) -> None:
-    with pytest.raises(RuntimeError, match="no such weights"):
-        groups(f"{own_models}:broken")
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("VALUE = 1 / 0", r"^bad_models_of_test failed with ZeroDivisionError: .*_of_test\.py:1\)"),
+        ("def f(:", "^bad_models_of_test failed with SyntaxError"),
+        (
+            "import os\nos.no_such_thing",
+            "^bad_models_of_test failed with AttributeError: .* 'no_such",
+        ),
+    ],
+)
+def test_a_module_that_cannot_be_imported(
+    source: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "bad_models_of_test.py").write_text(source)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit, match=message) as end:
+        groups("bad_models_of_test:f")
+    assert len(str(end.value).splitlines()) == 1
 
 
 @pytest.mark.parametrize(

@@ -149,7 +149,7 @@ def test_compiles_to_wide_accesses_without_spills() -> None:
     )
     assert run.returncode == 0, run.stderr
     kinds = json.loads(run.stdout.splitlines()[-1])
-    assert len(kinds) == 26
+    assert len(kinds) == 32
     for kind in kinds:
         assert kind["loads"] == kind["expected_loads"] > 0, kind
         assert kind["stores"] == kind["expected_stores"], kind

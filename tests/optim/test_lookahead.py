@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from torsh_optim import AdamW, Lookahead
+from torsh_optim import SAGA, AdamW, Lookahead
 
 
 def _run(opt: torch.optim.Optimizer, params: list[Tensor], steps: int, seed: int = 0) -> None:
@@ -122,6 +122,11 @@ def test_refused_arguments(arguments: dict[str, Any], error: type[Exception], me
     arguments = {"optimizer": torch.optim.SGD(_params()), **arguments}
     with pytest.raises(error, match=message):
         Lookahead(**arguments)
+
+
+def test_optimizers_that_need_the_samples_are_refused() -> None:
+    with pytest.raises(TypeError, match=r"SAGA needs index=, .* Lookahead cannot pass them on"):
+        Lookahead(SAGA(_params(), 0.1, 8))
 
 
 def test_no_nesting() -> None:
@@ -425,3 +430,17 @@ def test_synchronises_weights_not_the_device(
     with forbid_synchronisation():
         for _ in range(4):
             opt.step()
+
+
+def test_tells_what_the_wrapped_optimizer_tells() -> None:
+    params = _params()
+    opt = Lookahead(AdamW(params, lr=0.1, max_grad_norm=1.0))
+    for param in params:
+        param.grad = torch.ones_like(param)
+    opt.step()
+    assert opt.grad_norm is not None
+    assert opt.last_lr() == [0.1]
+    assert opt.implementation == "cpu-fused"
+    with pytest.raises(AttributeError, match="grad_norms"):
+        _ = opt.grad_norms
+    assert copy.deepcopy(opt).last_lr() == [0.1]

@@ -4,6 +4,8 @@ import sys
 
 import pytest
 
+import torsh_optim
+
 ENV = {**os.environ, "PYTHONPATH": "torsh_optim/src", "COLUMNS": "100"}
 
 
@@ -25,6 +27,7 @@ def test_bare_command_prints_its_help() -> None:
     run = command()
     assert run.returncode == 0, run.stderr
     assert "usage: torsh-optim" in run.stdout
+    assert "--version" in run.stdout
     for name in ("groups", "convert", "doctor"):
         assert f"• {name} " in run.stdout
 
@@ -42,6 +45,12 @@ def test_groups() -> None:
     run = command("groups", "torchvision:resnet18", "--layer-decay", "0.5", "--json")
     assert run.returncode == 0, run.stderr
     assert '"model": "torchvision:resnet18"' in run.stdout
+
+
+def test_version_needs_no_extra() -> None:
+    run = command("--version", blocked="tyro")
+    assert (run.returncode, run.stderr) == (0, "")
+    assert run.stdout == f"torsh-optim {torsh_optim.__version__}\n"
 
 
 @pytest.mark.parametrize("blocked", ["tyro", "rich"])

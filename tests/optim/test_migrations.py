@@ -72,12 +72,13 @@ def test_goes_on_from_torch(name: str) -> None:
     assert all(group["torsh_version"] == FORMAT for group in opt.param_groups)
 
 
-def test_first_format_goes_on_with_its_algorithm() -> None:
-    """A state from before the options existed does not take them from the optimizer."""
+def test_options_that_a_state_does_not_have_are_kept() -> None:
+    """The first format knew neither; what the optimizer was built with holds."""
     model = small_model()
-    opt = AdvancedAdam(two_groups(model), cautious=True, ema_decay=0.9)
+    opt = AdvancedAdam(two_groups(model), ema_decay=0.9, max_grad_norm=1e6)
     _goes_on(model, opt, _load("adamw_v1.pt"))
-    assert [(g["cautious"], g["ema_decay"]) for g in opt.param_groups] == [(False, None)] * 2
+    assert [(g["ema_decay"], g["max_grad_norm"]) for g in opt.param_groups] == [(0.9, 1e6)] * 2
+    assert all("ema" in state for state in opt.state.values())
 
 
 def test_newer_format_is_refused() -> None:

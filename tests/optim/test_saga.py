@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from torsh_optim._adam import AdamW
 from torsh_optim._saga import SAGA
 
 N = 23
@@ -245,10 +246,10 @@ def _ridge_optimum(l2: float) -> nn.Linear:
 @pytest.mark.parametrize(
     ("dtype", "floor", "table_bytes"),
     [
-        (torch.float64, (0.0, 1e-12), 1797 * 80),
-        (torch.float32, (0.0, 1e-12), 1797 * 40),
-        (torch.bfloat16, (1e-10, 1e-6), 1797 * 20),
-        (torch.int8, (1e-9, 1e-5), 1797 * 14),
+        (torch.float64, (0.0, 1e-12), 1797 * 88),  # with a checksum of 8 bytes
+        (torch.float32, (0.0, 1e-12), 1797 * 48),
+        (torch.bfloat16, (1e-10, 1e-6), 1797 * 28),
+        (torch.int8, (1e-9, 1e-5), 1797 * 22),
     ],
 )
 def test_reaches_the_optimum_of_scikit_learn(
@@ -314,7 +315,7 @@ def test_auto_picks_the_smallest_that_fits(make: Callable[[], nn.Module], kind: 
         "factored": 5 + 7 + 7 + 3,
         "full": sum(p.numel() for p in model.parameters()),
     }
-    assert opt.table_bytes == N * 4 * numbers[kind]
+    assert opt.table_bytes == N * (4 * numbers[kind] + 8 * (kind == "scalar"))
 
 
 def test_a_layer_behind_a_trained_one_is_not_scalar() -> None:
@@ -517,7 +518,9 @@ def test_index_is_not_optional() -> None:
         ([0, N], IndexError, r"index has 23, but samples are numbered from 0 to 22"),
         ([-1], IndexError, "index has -1"),
         (torch.tensor([0.0]), TypeError, "index must hold integers, got torch.float32"),
-        (torch.tensor([True]), TypeError, "got torch.bool"),
+        (torch.tensor([True]), TypeError, r"is a mask of torch.bool, .* give mask.nonzero\(\)"),
+        ([True, False], TypeError, r"is a mask of torch.bool, .* give mask.nonzero\(\)"),
+        (torch.zeros(2).bool().numpy(), TypeError, "is a mask of torch.bool"),
         (torch.tensor([[0]]), ValueError, r"shape \(batch,\), got \(1, 1\)"),
         ([0.5], TypeError, "'float' object cannot be interpreted as an integer"),
         ([0, 1, 2], RuntimeError, r"index has 3 numbers, but Linear.* got 2 rows"),
@@ -629,6 +632,177 @@ def test_nonfinite_gradients_change_nothing(kind: str, dtype: torch.dtype) -> No
             assert torch.equal(old[key], new[key])
 
 
+# --- inputs of the scalar table, which must stay the same ---
+
+_CHANGED = r"the input of sample \d+ is another one than at its last visit, .* table='factored'"
+
+
+def _unbiased() -> nn.Module:
+    return nn.Linear(5, 3, bias=False).double()
+
+
+def _backbone() -> nn.Module:
+    frozen = nn.Sequential(nn.Linear(5, 64), nn.ReLU(), nn.Linear(64, 5)).requires_grad_(False)
+    return nn.Sequential(frozen, nn.Dropout(0.3), nn.Linear(5, 3)).double()
+
+
+@pytest.mark.parametrize("table", ["auto", "scalar"])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: nn.Sequential(nn.Dropout(0.3), nn.Linear(5, 3)).double(),
+        lambda: nn.Sequential(nn.Dropout(0.3), nn.Linear(5, 3, bias=False)).double(),
+        _backbone,
+    ],
+)
+def test_random_layers_before_the_linear_one_are_refused(make: Any, table: Any) -> None:
+    torch.manual_seed(0)
+    model = make()
+    trained = [param for param in model.parameters() if param.requires_grad]
+    opt = SAGA(trained, 0.1, N, table=table)
+    with pytest.raises(RuntimeError, match=_CHANGED):
+        _run(model, opt, _batches(2))
+    model.eval()
+    _run(model, SAGA(trained, 0.1, N, table=table), _batches(2))
+    model.train()
+    _run(model, SAGA(trained, 0.1, N, table="factored"), _batches(2))
+
+
+@pytest.mark.parametrize("noise", [1.0, 1e-3, 1e-6])
+@pytest.mark.parametrize("make", [_linear, _unbiased])
+def test_noise_is_refused_and_changes_nothing(make: Any, noise: float) -> None:
+    model = make()
+    opt = SAGA(model.parameters(), 0.1, N)
+    _run(model, opt, _batches(1))
+    before = copy.deepcopy((model.state_dict(), opt.state_dict()["state"]))
+    x, y = _data()
+    bad = x[3:6].clone()
+    bad[1, 4] += noise
+    with pytest.raises(RuntimeError, match="the input of sample 4 is another one"):
+        opt.step(lambda: F.cross_entropy(model(bad), y[3:6]), index=[3, 4, 5])
+    after = (model.state_dict(), opt.state_dict()["state"])
+    for old, new in ((before[0], after[0]), *((before[1][k], after[1][k]) for k in before[1])):
+        for key in old:
+            assert torch.equal(old[key], new[key])
+    _run(model, opt, _batches(1))  # it can go on
+
+
+def test_two_inputs_of_a_sample_in_one_batch_are_refused() -> None:
+    model = _linear()
+    x, y = _data()
+    opt = SAGA(model.parameters(), 0.1, N)
+    with pytest.raises(RuntimeError, match="the input of sample 7 is another one"):
+        opt.step(lambda: F.cross_entropy(model(x[[2, 3, 4]]), y[[2, 3, 4]]), index=[7, 1, 7])
+    assert not opt.state
+    for _ in range(2):
+        opt.step(lambda: F.cross_entropy(model(x[[7, 1, 7]]), y[[7, 1, 7]]), index=[7, 1, 7])
+
+
+def test_an_input_that_was_zero_is_not_unseen() -> None:
+    model = _linear()
+    x, y = _data()
+    opt = SAGA(model.parameters(), 0.1, N)
+    for _ in range(2):
+        opt.step(lambda: F.cross_entropy(model(0 * x[:1]), y[:1]), index=0)
+    with pytest.raises(RuntimeError, match=_CHANGED):
+        opt.step(lambda: F.cross_entropy(model(x[:1]), y[:1]), index=0)
+
+
+def test_small_changes_do_not_add_up() -> None:
+    model = _linear()
+    x, y = _data()
+    opt = SAGA(model.parameters(), 0.0, N)
+
+    def step(change: float) -> None:
+        opt.step(lambda: F.cross_entropy(model(x[:1] * (1 + change)), y[:1]), index=0)
+
+    for k in (0, 1, 2):  # taken as rounding
+        step(3e-13 * k)
+    with pytest.raises(RuntimeError, match=_CHANGED):
+        step(3e-13 * 4)
+
+
+def test_inputs_do_not_matter_to_a_bias() -> None:
+    model = _linear()
+    x, y = _data()
+    opt = SAGA([model.bias], 0.1, N, table="scalar", max_table_bytes=N * 12)
+    for index in _batches(2):
+        noisy = x[index] + torch.randn(len(index), 5)
+        opt.step(lambda i=index, v=noisy: F.cross_entropy(model(v), y[i]), index=index)
+    assert opt.table_bytes == N * 12
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("make", [_linear, _unbiased, lambda: _backbone().eval()])
+def test_fixed_inputs_are_never_refused(make: Any, dtype: torch.dtype) -> None:
+    """In other orders, in batches of other sizes and compositions, also behind fixed layers."""
+    torch.manual_seed(0)
+    model = make().to(dtype)
+    trained = [param for param in model.parameters() if param.requires_grad]
+    opt = SAGA(trained, 0.05, N)
+    x, y = _data()
+    x = x.to(dtype)
+    for seed, size in enumerate((1, 4, 7, N, 2, 16)):
+        for i in _batches(1, size, seed):
+            opt.step(lambda i=i: F.cross_entropy(model(x[i]), y[i], reduction="none"), index=i)
+    assert opt.param_groups[0]["table"] == "scalar"
+    assert bool((opt.state[trained[0]]["input_sum"] != 0).all())
+
+
+def test_inputs_under_autocast_are_never_refused() -> None:
+    model = _linear().float()
+    opt = SAGA(model.parameters(), 0.05, N)
+    x, y = _data()
+    for i in _batches(3):
+        with torch.autocast("cpu", torch.bfloat16):
+            opt.step(lambda i=i: F.cross_entropy(model(x[i].float()), y[i]), index=i)
+    assert opt.param_groups[0]["table"] == "scalar"
+
+
+@pytest.mark.parametrize("way", ["state", "file"])
+def test_checksums_are_saved(way: str, tmp_path: Path) -> None:
+    model = _unbiased()
+    opt = SAGA(model.parameters(), 0.1, N)
+    _run(model, opt, _batches(1)[:3])
+    other = SAGA(model.parameters(), 0.1, N)
+    if way == "state":
+        other.load_state_dict(copy.deepcopy(opt.state_dict()))
+    else:
+        opt.save_table(tmp_path / "table")
+        other.load_table(tmp_path / "table")
+    sums = other.state[model.weight]["input_sum"]
+    assert torch.equal(sums, opt.state[model.weight]["input_sum"])
+    assert int((sums == 0).sum()) == N - 12  # those not seen yet
+    assert other.table_bytes == opt.table_bytes == N * (3 * 4 + 8)
+    x, y = _data()
+    seen = int(_batches(1)[0][0])
+    with pytest.raises(RuntimeError, match=f"the input of sample {seen} is another one"):
+        other.step(lambda: F.cross_entropy(model(-x[[seen]]), y[[seen]]), index=seen)
+    _run(model, other, _batches(2))
+
+
+@pytest.mark.parametrize("way", ["state", "file"])
+def test_version_1_had_no_checksums(way: str, tmp_path: Path) -> None:
+    model = _linear()
+    opt = SAGA(model.parameters(), 0.1, N)
+    _run(model, opt, _batches(1))
+    del opt.state[model.weight]["input_sum"]
+    other = SAGA(model.parameters(), 0.1, N)
+    if way == "state":
+        saved = copy.deepcopy(opt.state_dict())
+        saved["param_groups"][0]["torsh_version"] = 1
+        other.load_state_dict(saved)
+    else:
+        opt.save_table(tmp_path / "table")
+        other.load_table(tmp_path / "table")
+    assert other.param_groups[0]["torsh_version"] == 2
+    _run(model, other, [torch.tensor([4])])
+    assert other.state[model.weight]["input_sum"].nonzero().tolist() == [[4]]
+    x, y = _data()
+    with pytest.raises(RuntimeError, match="the input of sample 4 is another one"):
+        other.step(lambda: F.cross_entropy(model(x[[5]]), y[[5]]), index=4)
+
+
 def test_large_tables_are_refused_with_their_bytes() -> None:
     """The full table at once, the others before anything is allocated."""
     model = _mlp()
@@ -647,6 +821,10 @@ def test_large_tables_are_refused_with_their_bytes() -> None:
     [
         ({"lr": -0.1}, ValueError, "lr=-0.1 must be a finite number of at least 0"),
         ({"lr": float("nan")}, ValueError, "lr=nan must be"),
+        ({"lr": "1e-3"}, TypeError, "lr='1e-3' is a str, not a number"),
+        ({"lr": True}, TypeError, "lr=True is a bool, not a number"),
+        ({"weight_decay": "0"}, TypeError, "weight_decay='0' is a str, not a number"),
+        ({"l1": "0"}, TypeError, "l1='0' is a str, not a number"),
         ({"lr": torch.ones(2)}, ValueError, r"lr is a tensor of shape \(2,\)"),
         ({"l1": -1.0}, ValueError, "l1=-1.0 must be"),
         ({"weight_decay": float("inf")}, ValueError, "weight_decay=inf must be"),
@@ -773,7 +951,7 @@ def _stray(saved: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (_drop_version, "torsh_version=None of the loaded state is not 1"),
+        (_drop_version, "torsh_version=None of the loaded state is not between 1 and 2"),
         (_other_data, "the loaded table is for num_samples=7, this SAGA for 23"),
         (_cast, r"'output_grad' of parameter 0 is \(23, 3\) in torch.float64, not \(23, 3\) in to"),
         (_extra, "'exp_avg' of parameter 1 does not belong in a scalar table"),
@@ -791,6 +969,19 @@ def test_foreign_states_are_refused(damage: Callable[[dict[str, Any]], None], me
         other.load_state_dict(saved)
     assert not other.state
     assert other.param_groups[0]["table"] == "auto"
+
+
+@pytest.mark.parametrize("make", [torch.optim.AdamW, AdamW])
+def test_states_of_other_optimizers_are_refused(make: Any) -> None:
+    model = _linear()
+    other = make(model.parameters(), lr=0.1)
+    for param in model.parameters():
+        param.grad = torch.ones_like(param)
+    other.step()
+    opt = SAGA(model.parameters(), 0.1, N)
+    with pytest.raises(ValueError, match=r"is that of another optimizer: .* but .*betas, "):
+        opt.load_state_dict(other.state_dict())
+    assert not opt.state
 
 
 def test_files_of_other_models_and_data_are_refused(tmp_path: Path) -> None:

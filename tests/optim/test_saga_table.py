@@ -14,6 +14,7 @@ from torsh_optim._saga_table import (
     decode,
     encode,
     fitted,
+    input_sums,
     read,
     row_bytes,
     write,
@@ -79,9 +80,70 @@ def test_size_is_checked_exactly() -> None:
         check_size("full", 10, [3, 4], torch.int8, 149)
 
 
+def test_checksums_have_their_bytes() -> None:
+    check_size("scalar", 10, [3], torch.float32, 200, checked=True)
+    with pytest.raises(ValueError, match="the scalar table needs 200 bytes"):
+        check_size("scalar", 10, [3], torch.float32, 199, checked=True)
+
+
+_FLOATS = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+
+
+@pytest.mark.parametrize("dtype", _FLOATS)
+@pytest.mark.parametrize("width", [1, 2, 7, 64, 1000])
+def test_checksums_do_not_depend_on_the_batch(width: int, dtype: torch.dtype) -> None:
+    x = torch.randn(40, width).to(dtype)
+    sums, tolerance = input_sums(x)
+    order = torch.randperm(40)
+    for part in order.split([1, 2, 3, 13, 21]):
+        for form in (x[part], x[part].T.contiguous().T):
+            again, _ = input_sums(form)
+            assert bool(((again - sums[part]).abs() <= tolerance[part]).all())
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    dtype=st.sampled_from(_FLOATS),
+    width=st.integers(2, 20),
+    seed=st.integers(0, 10_000),
+    data=st.data(),
+)
+def test_checksums_see_every_element(
+    dtype: torch.dtype, width: int, seed: int, data: st.DataObject
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    # equal and small next to large, as pixels: the changes below are 5 % of the sum at least
+    x = torch.ones(1, width).add_(torch.rand(1, width, generator=generator)).to(dtype)
+    sums, tolerance = input_sums(x)
+    place = data.draw(st.integers(0, width - 1))
+    for change in (0.0, -1.0, 3.0):
+        other = x.clone()
+        other[0, place] *= change
+        assert bool((input_sums(other)[0] - sums).abs() > tolerance)
+    assert bool((input_sums(-x)[0] - sums).abs() > tolerance)
+
+
+def test_checksums_see_places() -> None:
+    one_hot = torch.eye(50)
+    sums, tolerance = input_sums(one_hot)
+    apart = (sums[:, None] - sums).abs() + torch.eye(50)
+    assert bool((apart > tolerance).all())
+    values = torch.linspace(0, 1, 64).view(1, 64)
+    sums, tolerance = input_sums(values)
+    for other in (values.flip(1), values.roll(1, 1)):
+        assert bool((input_sums(other)[0] - sums).abs() > tolerance)
+
+
+def test_checksum_of_nothing_is_not_the_mark_of_unseen() -> None:
+    sums, tolerance = input_sums(torch.zeros(2, 3))
+    assert bool((sums > 0).all())
+    assert tolerance.tolist() == [0, 0]
+
+
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
+        ("input_sum", torch.zeros(5), r"is \(5,\) in torch.float32, not \(5,\) in torch.float64"),
         ("input", torch.zeros(5, 3), "'input' of parameter 0 does not belong in a scalar table"),
         ("output_grad", torch.zeros(4, 2), r"is \(4, 2\) in torch.float32, not \(5, 2\) in torch."),
         ("output_grad", torch.zeros(5, 2).half(), r"\(5, 2\) in torch.float16, not"),

@@ -11,6 +11,9 @@ from torsh_optim._groups_command import groups
 
 def main() -> None:
     """Run the command line."""
+    if sys.argv[1:] == ["--version"]:
+        print(f"torsh-optim {torsh_optim.__version__}")
+        return
     try:
         import rich  # noqa: F401
         from tyro.conf import arg
@@ -24,7 +27,7 @@ def main() -> None:
     subcommand_cli_from_dict(
         {"groups": groups, "convert": convert, "doctor": doctor},
         prog="torsh-optim",
-        description=torsh_optim.__doc__,
+        description=f"{torsh_optim.__doc__}\n\n--version prints the version.",
         args=sys.argv[1:] or ["--help"],
     )
 

@@ -1,6 +1,9 @@
 """Adam, AdamW and AdvancedAdam."""
 
 import math
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
@@ -8,7 +11,7 @@ from torch import Tensor
 
 from torsh_optim._checkpoint import FORMAT
 from torsh_optim._control import D0
-from torsh_optim._optimizer import FusedOptimizer, ParamsT, inverse, ramp, sign
+from torsh_optim._optimizer import FusedOptimizer, ParamsT, ramp, sign
 from torsh_optim._plan import Batch, Group
 from torsh_optim._reference import adam_, agreement, chunks, prodigy_
 
@@ -50,7 +53,7 @@ class AdvancedAdam(FusedOptimizer):
             follows its schedule.
         max_grad_norm: Largest norm of all gradients of the optimizer together; larger ones are
             scaled down as by ``torch.nn.utils.clip_grad_norm_``. ``math.inf`` measures without
-            clipping. See :attr:`grad_norm`. On the CPU the gradients may be scaled in place.
+            clipping. See :attr:`grad_norm`. The gradients themselves stay as they are.
         skip_nonfinite: With ``max_grad_norm``: leave out a step whose norm is not finite, and count
             it in :attr:`skipped_steps`.
         warmup_steps: Raise the learning rate linearly over so many steps of each parameter, as a
@@ -60,7 +63,8 @@ class AdvancedAdam(FusedOptimizer):
             bias-corrected. All groups must have the same ``lr``, or 0.
         cautious: Leave out, and make up for, elements whose update points against the gradient.
         ema_decay: Keep an average of the weights in the state, as ``ema``, with this decay in
-            (0, 1); it begins as the weights. None keeps none.
+            (0, 1); it begins as the weights, and is float32 for 16-bit ones. None keeps none.
+            :meth:`ema_weights` puts it into the model.
         maximize: Go up the gradient.
         foreach: Only for torch's signature: None or False; there is no foreach implementation.
         capturable: Only for torch's signature: False; graph capture is not supported.
@@ -93,11 +97,11 @@ class AdvancedAdam(FusedOptimizer):
         is at least 1e-3, as in the authors' program.
     """
 
-    slot_names = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "ema", "s", "p0")
-    late_slots = frozenset({"max_exp_avg_sq", "ema", "s", "p0"})
-    rule = "adam"
-    factors_of = ("betas", "warmup_steps", "adaptive_lr")
-    factors_kind = "bias"
+    _slot_names = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "ema", "s", "p0")
+    _late_slots = frozenset({"max_exp_avg_sq", "ema", "s", "p0"})
+    _rule = "adam"
+    _factors_of = ("betas", "warmup_steps", "adaptive_lr")
+    _factors_kind = "bias"
 
     def __init__(
         self,
@@ -185,16 +189,70 @@ class AdvancedAdam(FusedOptimizer):
         Raises:
             ValueError: An option is unknown or out of range.
         """
+        if isinstance(param_group, dict):
+            full = {**self.defaults, **param_group}
+            self._check_rates([*self.param_groups, full])
+            if full["adaptive_lr"] and 0.0 < float(full["lr"]) < 0.1:
+                warnings.warn(
+                    f"adaptive_lr=True estimates the size of the steps, and lr={float(full['lr'])} "
+                    "makes them smaller still; lr=1.0 is meant for it",
+                    stacklevel=4,
+                )
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         if group["decay"] == "absolute" and group["reference_lr"] is None:
             group["reference_lr"] = float(group["lr"])
-        rates = {float(g["lr"]) for g in self.param_groups if group["adaptive_lr"]} - {0.0}
+
+    def _check_shared(self, groups: list[Group]) -> None:
+        super()._check_shared(groups)
+        self._check_rates(groups)
+
+    @staticmethod
+    def _check_rates(groups: list[Group]) -> None:
+        if not any(group["adaptive_lr"] for group in groups):
+            return
+        rates = {group["lr"] for group in groups if not isinstance(group["lr"], Tensor)} - {0.0}
         if len(rates) > 1:
             raise ValueError(
                 f"adaptive_lr estimates one step size, but the groups have lr {sorted(rates)}; "
                 "give all the same lr, or 0 to freeze a group"
             )
+
+    @contextmanager
+    def ema_weights(self) -> Iterator[None]:
+        """Put the averages of ``ema_decay`` into the parameters for as long as the block runs.
+
+        Parameters without an average, and buffers, stay as they are.
+
+        Raises:
+            RuntimeError: No parameter has an average.
+
+        Example:
+            >>> weight = torch.nn.Parameter(torch.tensor([1.0]))
+            >>> opt = AdvancedAdam([weight], lr=0.5, ema_decay=0.5)
+            >>> weight.grad = torch.ones(1)
+            >>> opt.step()  # from 1 to 0.5, and their mean is 0.75
+            >>> with opt.ema_weights():
+            ...     print(weight.detach())
+            tensor([0.7500])
+            >>> weight.detach()
+            tensor([0.5000])
+        """
+        averages = {p: state["ema"] for p, state in self.state.items() if "ema" in state}
+        if not averages:
+            raise RuntimeError(
+                "no parameter has an average yet; set ema_decay, and take a step with gradients"
+            )
+        kept = [param.detach().clone() for param in averages]
+        with torch.no_grad():
+            for param, average in averages.items():
+                param.copy_(average)
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for param, value in zip(averages, kept, strict=True):
+                    param.copy_(value)
 
     def _slots(self, group: Group) -> tuple[str, ...]:
         wanted = {
@@ -203,15 +261,17 @@ class AdvancedAdam(FusedOptimizer):
             "s": group["adaptive_lr"],
             "p0": group["adaptive_lr"],
         }
-        return tuple(slot for slot in self.slot_names if wanted.get(slot, True))
+        return tuple(slot for slot in self._slot_names if wanted.get(slot, True))
 
     def _initial(self, slot: str, param: Tensor) -> Tensor:
+        if slot == "ema" and param.dtype.itemsize == 2:  # too coarse for steps of 1 - ema_decay
+            return param.detach().to(torch.float32, memory_format=torch.preserve_format)
         if slot in ("ema", "p0"):
             return param.detach().clone(memory_format=torch.preserve_format)
         return super()._initial(slot, param)
 
     @staticmethod
-    def constants(group: Group) -> tuple[float, ...]:
+    def _constants(group: Group) -> tuple[float, ...]:
         beta1, beta2 = (float(beta) for beta in group["betas"])
         decoupled, coupled = _decays(group)
         ema_decay = group["ema_decay"]
@@ -224,7 +284,7 @@ class AdvancedAdam(FusedOptimizer):
         )
 
     @staticmethod
-    def factors(group: Group, step: float) -> tuple[float, ...]:
+    def _factors(group: Group, step: float) -> tuple[float, ...]:
         if group["adaptive_lr"]:
             return (ramp(group, step), 1.0, 1.0, 0.0)
         beta1, beta2 = group["betas"]
@@ -236,7 +296,7 @@ class AdvancedAdam(FusedOptimizer):
         )
 
     @staticmethod
-    def exponents(group: Group) -> tuple[float, ...]:
+    def _exponents(group: Group) -> tuple[float, ...]:
         betas = (0.0, 0.0) if group["adaptive_lr"] else map(float, group["betas"])
         return (group["warmup_steps"], *(math.log(b) if b > 0.0 else -math.inf for b in betas))
 
@@ -248,12 +308,13 @@ class AdvancedAdam(FusedOptimizer):
         decoupled, coupled = _decays(group)
         beta1, beta2 = map(float, group["betas"])
         update = torch._fused_adamw_ if group["decoupled_weight_decay"] else torch._fused_adam_
+        scaled = batch.scaled_grads()
         # one call, unless parameters are at different places of the warm-up
         ramps = [ramp(group, step) for step in batch.numbers]
         for factor in dict.fromkeys(ramps):
             mine = [i for i, other in enumerate(ramps) if other == factor]
             params, grads, steps = (
-                [row[i] for i in mine] for row in (batch.params, batch.grads, batch.steps)
+                [row[i] for i in mine] for row in (batch.params, scaled, batch.steps)
             )
             states = {name: [row[i] for i in mine] for name, row in batch.states.items()}
             update(
@@ -270,8 +331,6 @@ class AdvancedAdam(FusedOptimizer):
                 eps=group["eps"],
                 amsgrad=group["amsgrad"],
                 maximize=group["maximize"],
-                # divides the gradients, in place
-                grad_scale=None if batch.scale == 1.0 else inverse(batch.scale),
             )
             if "ema" in states:
                 torch._foreach_lerp_(states["ema"], params, 1.0 - group["ema_decay"])
@@ -303,7 +362,7 @@ class AdvancedAdam(FusedOptimizer):
         estimates = torch.zeros(2, dtype=torch.float64, device="cpu")
         for i, (param, grad) in enumerate(zip(batch.params, batch.grads, strict=True)):
             states: list[Any] = [
-                batch.states[slot][i] if slot in batch.states else None for slot in self.slot_names
+                batch.states[slot][i] if slot in batch.states else None for slot in self._slot_names
             ]
             step = batch.numbers[i]
             lr = float(group["lr"]) * ramp(group, step)

@@ -1,8 +1,9 @@
 """Fitting a saved optimizer state to parameters, with every element type kept."""
 
 import copy
+import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import chain
 from typing import Any
 
@@ -152,14 +153,20 @@ def migrated(state_dict: Mapping[str, Any]) -> tuple[dict[Any, Any], list[dict[s
     }
     groups: list[dict[str, Any]] = copy.deepcopy(list(state_dict["param_groups"]))
     for group in groups:
+        if not isinstance(group.get("params"), Sequence):
+            raise ValueError("a parameter group of the loaded state has no list 'params'")
         version = group.get("torsh_version", 0)
-        if not isinstance(version, int) or version > FORMAT:
+        if isinstance(version, int) and version > FORMAT:
             raise ValueError(
-                f"torsh_version={version!r} of the loaded state is newer than {FORMAT}, the "
+                f"torsh_version={version} of the loaded state is newer than {FORMAT}, the "
                 "newest this torsh-optim reads; update it to load this state"
             )
+        if not isinstance(version, int) or version < 0:
+            raise ValueError(f"torsh_version={version!r} of the loaded state is no version")
         for older in range(version, FORMAT):
-            _MIGRATIONS[older](group, [state[n] for n in group["params"] if n in state])
+            # 1 differs from 2 by options that it lacks, for which those of the optimizer hold
+            if older in _MIGRATIONS:
+                _MIGRATIONS[older](group, [state[n] for n in group["params"] if n in state])
         group["torsh_version"] = FORMAT
     return state, groups
 
@@ -174,12 +181,16 @@ def _from_torch(group: dict[str, Any], states: list[dict[str, Any]]) -> None:
                 del state["momentum_buffer"]
 
 
-def _from_1(group: dict[str, Any], states: list[dict[str, Any]]) -> None:
-    """AdamW knew one algorithm; a state continues with it, whatever the optimizer's options."""
-    group.update(decay="lr", cautious=False, adaptive_lr=False, ema_decay=None)
+_MIGRATIONS = {0: _from_torch}
 
 
-_MIGRATIONS = {0: _from_torch, 1: _from_1}
+def _step(value: Any, name: str) -> float:
+    step = float(value)
+    if not (math.isfinite(step) and step >= 0.0 and step == int(step)):
+        raise ValueError(
+            f"'step' of {name} in the loaded state is {step}, not a whole number of at least 0"
+        )
+    return step
 
 
 def fitted_state(
@@ -206,13 +217,20 @@ def fitted_state(
     state: dict[str, Any] = {}
     for key, value in values.items():
         if key == "step":
-            state[key] = torch.tensor(float(value), dtype=torch.float32, device="cpu")
+            state[key] = torch.tensor(_step(value, name), dtype=torch.float32, device="cpu")
         elif key in slots:
             if not isinstance(value, Tensor) or value.shape != param.shape:
                 found = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
                 raise ValueError(
                     f"{key!r} of {name} in the loaded state is {found}, but the parameter has "
                     f"shape {tuple(param.shape)}; load a state saved for this model"
+                )
+            if value.is_complex() != param.is_complex() or not (
+                value.is_floating_point() or value.is_complex()
+            ):
+                raise ValueError(
+                    f"{key!r} of {name} in the loaded state is {value.dtype}, the parameter "
+                    f"{param.dtype}; convert codes of 8 bits with state_from()"
                 )
             state[key] = spread_like(param, value, f"{key!r} of {name} in the loaded state")
         elif isinstance(value, Tensor):

@@ -1,6 +1,7 @@
 """The command that converts the optimizer state in a checkpoint."""
 
 import json as json_format
+import re
 import sys
 import threading
 import warnings
@@ -16,6 +17,7 @@ from torch import Tensor
 from torsh_optim._adam import AdvancedAdam
 from torsh_optim._convert import Kind, state_from, state_to
 from torsh_optim._foreign_moments import unnested
+from torsh_optim._foreign_options import PACKAGES
 from torsh_optim._lamb import LAMB
 from torsh_optim._lion import Lion
 from torsh_optim._sgd import SGD
@@ -132,6 +134,7 @@ def convert(
                     "in Python, state_from(shards, kind='deepspeed', target=optimizer) takes them "
                     "from the optimizer that will load the state"
                 )
+            _check_kind(found, from_)
             progress.show("converting")
             with warnings.catch_warnings(record=True) as caught:
                 warnings.simplefilter("always")
@@ -143,6 +146,9 @@ def convert(
         text = str(error)
         if "target=optimizer" in text and from_ == "bnb":
             text = "the state does not say what it belongs to; --algorithm lion or sgd does"
+        text, contradicted, _ = text.partition(", but target is a ")
+        if contradicted:
+            text += f", which --algorithm {algorithm} contradicts"
         raise SystemExit(text if str(source) in text else f"{source}: {text}") from None
     others = tuple(map(str, content)) if path else ()
     others = tuple(other for other in others if path and other != str(path[0]))
@@ -182,8 +188,37 @@ def _converted(
         target = None if algorithm is None else _ALGORITHMS[algorithm]([torch.zeros(0)])
         state = state_from(state, kind=from_, target=target)
     if to != "torsh" and from_ != to:
-        state = state_to(state, kind=to, bits=bits)
+        try:
+            state = state_to(state, kind=to, bits=bits)
+        except ValueError as error:
+            raise ValueError(re.sub(r"kind='(\w+)'", r"--to \1", str(error))) from None
     return state
+
+
+def _check_kind(found: Mapping[str, Any], from_: FileKind) -> None:
+    """Refuse a state that is visibly not what it is said to be."""
+    kinds = _kinds(found)
+    if kinds and from_ not in kinds:
+        names = " or ".join("torsh_optim" if k == "torsh" else PACKAGES[k] for k in kinds)
+        ways = " or ".join(f"--from {kind}" for kind in kinds)
+        raise ValueError(f"this looks like a state of {names}, not of {from_}: {ways}")
+
+
+def _kinds(found: Mapping[str, Any]) -> tuple[str, ...]:
+    """Whose state it can be, as far as its options and the names of its tensors tell; or empty."""
+    options: set[str] = set().union(*found["param_groups"])
+    kept: set[str] = set().union(*map(unnested, found["state"].values()))
+    if "torsh_version" in options:
+        return ("torsh",)
+    if "state1" in kept or {"alpha", "t_alpha"} <= options:
+        return ("bnb",)
+    if any(key.startswith(("lookahead_", "svrg_")) for key in options):
+        return ()  # one of our wrappers around a torch optimizer
+    if {"foreach", "differentiable"} <= options:
+        return ("torch",)
+    if {"bias_correction", "betas"} <= options:
+        return ("apex", "te", "deepspeed")  # they have one origin
+    return ()
 
 
 def _find(content: Any, key: str) -> tuple[tuple[Any, ...], Mapping[str, Any]]:

@@ -104,7 +104,7 @@ def versions() -> dict[str, str]:
 
 
 def notes() -> list[str]:
-    """What is wrong with the machine as a whole, and what to do about it."""
+    """What holds for the machine as a whole, and what to do about it."""
     found: list[str] = []
     if not torch.cuda.is_available() and Path("/dev/nvidiactl").exists():
         build = "a build for the CPU" if torch.version.cuda is None else "no driver that fits"
@@ -112,8 +112,8 @@ def notes() -> list[str]:
             f"there is an NVIDIA driver, but torch {torch.__version__} finds no device: it has "
             f"{build}; install a build of torch for the driver's version of CUDA"
         )
-    if torch.cuda.is_available() and importlib.util.find_spec("triton") is None:
-        found.append("parameters on the GPU are updated one by one: pip install triton")
+    missing = importlib.util.find_spec("triton") is None
+    found += kernel_notes(cuda=torch.cuda.is_available(), triton=not missing)
     if torch.cuda.is_available() and _interpreting():
         found.append("TRITON_INTERPRET=1 runs kernels in an interpreter; unset it")
     if torch.get_num_threads() == 1 and torch.multiprocessing.cpu_count() > 1:
@@ -121,6 +121,27 @@ def notes() -> list[str]:
             "torch uses one thread of the CPU; OMP_NUM_THREADS or torch.set_num_threads sets it"
         )
     return found
+
+
+def kernel_notes(*, cuda: bool, triton: bool) -> list[str]:
+    """Why the Triton kernels are not used, if they are not, and what runs in their place.
+
+    Args:
+        cuda: Whether there is a CUDA device.
+        triton: Whether Triton is installed.
+    """
+    if not cuda:
+        return [
+            "no CUDA device, so the Triton kernels are not used on this machine: parameters on the "
+            "CPU take torch's fused kernels (cpu-fused) or pieces that fit into the cache "
+            "(cpu-chunked)"
+        ]
+    if not triton:
+        return [
+            "there is a CUDA device, but Triton is missing: parameters there are updated one by "
+            "one (reference), which is slow; pip install triton"
+        ]
+    return []
 
 
 def _interpreting() -> bool:

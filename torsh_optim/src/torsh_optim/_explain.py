@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from torch import Tensor
+from torch import Tensor, nn
 
 _COLUMNS = ("params", "param_names", "name", "lr", "weight_decay")
 
@@ -109,7 +109,12 @@ def explain_groups(
     ):
         raise TypeError(
             "explain_groups takes an optimizer or a list of parameter groups, got "
-            f"{type(opt_or_groups).__name__}{' of other things' if groups else ''}"
+            f"{type(opt_or_groups).__name__}"
+            + (
+                "; for a model: explain_groups(param_groups(model, lr=...))"
+                if isinstance(opt_or_groups, nn.Module)
+                else f"{' of other things' if groups else ''}"
+            )
         )
     keys = dict.fromkeys(key for group in groups for key in group if key not in _COLUMNS)
     texts = {key: {_text(group.get(key)) for group in groups} for key in keys}

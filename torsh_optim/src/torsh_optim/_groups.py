@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
@@ -74,7 +74,7 @@ def param_groups(
         options of head and rules. The optimizer checks the options when it is built.
 
     Raises:
-        TypeError: The model is no module, or a rule no pair.
+        TypeError: The model is no module, ``no_decay`` no string, or a rule no pair.
         ValueError: A number is out of range, nothing is trainable, the head is not found, or a rule
             selects nothing.
 
@@ -150,7 +150,14 @@ def _check(
 ) -> frozenset[str]:
     """Check the arguments; return the parsed ``no_decay``."""
     if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+        hint = "; pass the model itself, not its parameters" if isinstance(model, Iterable) else ""
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}{hint}")
+    if not isinstance(no_decay, str):
+        raise TypeError(
+            f"no_decay={no_decay!r} must be a string, 'none' or some of {', '.join(_KINDS)} joined "
+            "by '_', such as 'norm_bias_1d'; to select parameters by name use rules, as in "
+            "rules=[(r'\\.scale$', {'weight_decay': 0.0})]"
+        )
     numbers = {"lr": lr, "weight_decay": weight_decay}
     if layer_decay is not None:
         numbers["layer_decay"] = layer_decay

@@ -5,6 +5,7 @@ import importlib
 import inspect
 import json as json_format
 import sys
+import traceback
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -79,13 +80,23 @@ def _build(source: str) -> nn.Module:
     makers = {"timm": _timm, "torchvision": _torchvision, "hf": _hugging_face}
     make = makers.get(kind, _own)(*((name,) if kind in makers else (kind, name)))
     try:
-        with torch.device("meta"):
+        try:
+            with torch.device("meta"):
+                built = make()
+        except (NotImplementedError, RuntimeError):  # it computes with values: build it for real
             built = make()
-    except (NotImplementedError, RuntimeError):  # it computes with values: build it for real
-        built = make()
+    except Exception as error:
+        raise SystemExit(_cause(source, error)) from None
     if not isinstance(built, nn.Module):
         raise SystemExit(f"{source} made a {type(built).__name__}, not a torch.nn.Module")
     return built
+
+
+def _cause(source: str, error: Exception) -> str:
+    """Say in one line what went wrong in code that is not ours, and where."""
+    what = " ".join(f"{type(error).__name__}: {error}".split())
+    frames = traceback.extract_tb(error.__traceback__)
+    return f"{source} failed with {what} ({frames[-1].filename}:{frames[-1].lineno})"
 
 
 def _package(name: str) -> Any:
@@ -140,13 +151,33 @@ def _own(module: str, name: str) -> Callable[[], object]:
             found = getattr(found, part)
     except ImportError as error:
         raise SystemExit(f"{module}:{name}: {error}") from None
-    except AttributeError:
+    except AttributeError as error:
+        if found is None:  # raised while the module was run
+            raise SystemExit(_cause(module, error)) from None
         public = ", ".join(key for key in vars(found) if not key.startswith("_"))
         raise SystemExit(f"{module} has no {name!r}; it has {public}") from None
+    except Exception as error:
+        raise SystemExit(_cause(module, error)) from None
     finally:
         sys.path.remove(here)
     if isinstance(found, nn.Module):
         return lambda: found
     if not callable(found):
         raise SystemExit(f"{module}:{name} is a {type(found).__name__}, not a function")
+    needed = _required(found)
+    if needed:
+        raise SystemExit(
+            f"{module}:{name} needs the arguments {', '.join(needed)}; give a function without, "
+            f"which calls it with values for them"
+        )
     return lambda: found()
+
+
+def _required(function: Callable[..., object]) -> list[str]:
+    """Names of the arguments that a function has to be given."""
+    try:
+        params = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError):  # some builtins have no signature
+        return []
+    optional = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    return [p.name for p in params if p.default is p.empty and p.kind not in optional]

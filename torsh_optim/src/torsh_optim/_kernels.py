@@ -17,8 +17,8 @@ NORM_BLOCK = 4096
 NUM_WARPS = 4
 # The fewest without spills (sm_90), so that more blocks wait for memory at once.
 MAX_REGISTERS = 48
-MAX_REGISTERS_OF_MORE = 64  # with more than two states, or a mask
-MAX_REGISTERS_OF_MOST = 96  # with the step size estimate
+MAX_REGISTERS_OF_MORE = 64  # with a third state, or a mask
+MAX_REGISTERS_OF_MOST = 96  # with more of these, or the step size estimate
 TAIL = 128
 
 WORDS = tl.constexpr(10)  # int64 in a row of the table
@@ -603,6 +603,7 @@ def registers(used: int, *, cautious: bool) -> int:
         used: States, as for ``update``.
         cautious: Whether any group masks its updates.
     """
-    if used >= 16:
+    extra = (used >= 4) + (used >= 12) + cautious  # states beyond two, both of them, a mask
+    if used >= 16 or extra > 1:
         return MAX_REGISTERS_OF_MOST
-    return MAX_REGISTERS_OF_MORE if used >= 4 or cautious else MAX_REGISTERS
+    return MAX_REGISTERS_OF_MORE if extra else MAX_REGISTERS

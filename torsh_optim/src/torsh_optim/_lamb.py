@@ -8,7 +8,7 @@ from torch import Tensor
 
 from torsh_optim._checkpoint import FORMAT
 from torsh_optim._lion import check_betas
-from torsh_optim._optimizer import FusedOptimizer, ParamsT, inverse, ramp, sign
+from torsh_optim._optimizer import FusedOptimizer, ParamsT, ramp, sign
 from torsh_optim._plan import Batch, Group
 from torsh_optim._reference import chunks, lamb_, lamb_moments_, square_norm
 
@@ -32,7 +32,7 @@ class LAMB(FusedOptimizer):
         bias_correction: Correct the moments for their start at zero.
         grad_averaging: Weigh a gradient in the first moment by ``1 - beta1``; False by 1.
         max_grad_norm: Clip all gradients together to this norm before anything else; None does not.
-            The default is that of NVIDIA's LAMB. On the CPU the gradients may be scaled in place.
+            The default is that of NVIDIA's LAMB.
         trust_clip: Largest trust ratio; None does not limit it.
         always_adapt: Apply the trust ratio without weight decay too.
         skip_nonfinite: With ``max_grad_norm``, leave out steps whose norm is not finite.
@@ -60,11 +60,11 @@ class LAMB(FusedOptimizer):
         2020, arXiv 1904.00962, with the identity for the scaling function.
     """
 
-    slot_names = ("exp_avg", "exp_avg_sq")
-    rule = "lamb"
+    _slot_names = ("exp_avg", "exp_avg_sq")
+    _rule = "lamb"
     _cpu_types = frozenset({torch.float32, torch.float64})  # the update itself would be rounded
-    factors_of = ("betas", "warmup_steps", "bias_correction")
-    factors_kind = "bias"
+    _factors_of = ("betas", "warmup_steps", "bias_correction")
+    _factors_kind = "bias"
 
     def __init__(
         self,
@@ -111,7 +111,7 @@ class LAMB(FusedOptimizer):
             raise ValueError(f"trust_clip={group['trust_clip']} must be above 0, or None")
 
     @staticmethod
-    def constants(group: Group) -> tuple[float, ...]:
+    def _constants(group: Group) -> tuple[float, ...]:
         beta1, beta2 = group["betas"]
         return (
             *(0.0, sign(group), group["weight_decay"], 0.0),
@@ -122,12 +122,12 @@ class LAMB(FusedOptimizer):
         )
 
     @staticmethod
-    def factors(group: Group, step: float) -> tuple[float, ...]:
+    def _factors(group: Group, step: float) -> tuple[float, ...]:
         bias1, bias2 = _biases(group, step)
         return (ramp(group, step), 1.0 / bias1, 1.0 / math.sqrt(bias2), 0.0)
 
     @staticmethod
-    def exponents(group: Group) -> tuple[float, ...]:
+    def _exponents(group: Group) -> tuple[float, ...]:
         betas = group["betas"] if group["bias_correction"] else (0.0, 0.0)
         return (group["warmup_steps"], *(math.log(b) if b > 0.0 else -math.inf for b in betas))
 
@@ -140,16 +140,15 @@ class LAMB(FusedOptimizer):
     def _measure_cpu(self, batch: Batch) -> Tensor:
         """Let torch's Adam kernel take a step from zero, with copies of the moments."""
         group = batch.group
-        scale = None if batch.scale == 1.0 else inverse(batch.scale)  # in place, once
-        states = [batch.states[slot] for slot in self.slot_names]
+        states = [batch.states[slot] for slot in self._slot_names]
         sums = torch.zeros(len(batch.params), 2, dtype=torch.float64, device="cpu")
         for i, tensors in enumerate(zip(batch.params, batch.grads, *states, strict=True)):
             for p, g, m, v in chunks(*tensors):
                 u = torch.zeros_like(p)
+                scaled = g if batch.scale == 1.0 else g * batch.scale
                 torch._fused_adam_(
-                    *([u], [g], [m.clone()], [v.clone()], [], [batch.steps[i]]),
+                    *([u], [scaled], [m.clone()], [v.clone()], [], [batch.steps[i]]),
                     **_fused_options(group, lr=1.0, weight_decay=0.0),
-                    grad_scale=scale,
                 )
                 sums[i, 0] += square_norm(p)
                 sums[i, 1] += square_norm(u.add_(p, alpha=-group["weight_decay"]))
@@ -161,11 +160,12 @@ class LAMB(FusedOptimizer):
             float(batch.group["lr"]) * ramp(batch.group, step) * _trust(batch.group, sums)
             for step, sums in zip(batch.numbers, batch.sums, strict=True)
         ]
-        states = [batch.states[slot] for slot in self.slot_names]
+        scaled = batch.scaled_grads()
+        states = [batch.states[slot] for slot in self._slot_names]
         for rate in dict.fromkeys(rates):
             mine = [i for i, other in enumerate(rates) if other == rate]
             params, grads, exp_avgs, exp_avg_sqs, steps = (
-                [row[i] for i in mine] for row in (batch.params, batch.grads, *states, batch.steps)
+                [row[i] for i in mine] for row in (batch.params, scaled, *states, batch.steps)
             )
             torch._fused_adamw_(
                 *(params, grads, exp_avgs, exp_avg_sqs, [], steps),
@@ -176,7 +176,7 @@ class LAMB(FusedOptimizer):
         group = batch.group
         beta1, beta2 = group["betas"]
         biases = [_biases(group, step) for step in batch.numbers]
-        states = [batch.states[slot] for slot in self.slot_names]
+        states = [batch.states[slot] for slot in self._slot_names]
         members = list(zip(batch.params, batch.grads, *states, strict=True))
         sums = torch.zeros(len(members), 2, dtype=torch.float64, device=batch.params[0].device)
         for i, tensors in enumerate(members):
@@ -196,7 +196,7 @@ class LAMB(FusedOptimizer):
 
     def _update_reference(self, batch: Batch) -> None:
         group = batch.group
-        states = [batch.states[slot] for slot in self.slot_names]
+        states = [batch.states[slot] for slot in self._slot_names]
         for i, (param, exp_avg, exp_avg_sq) in enumerate(zip(batch.params, *states, strict=True)):
             bias1, bias2 = _biases(group, batch.numbers[i])
             trust = _trust(group, batch.sums[i])

@@ -29,20 +29,20 @@ _CHUNK = 1024  # numbers that a reducing kernel takes at once
 class Rule(Protocol):
     """What the launch table needs to know of an algorithm; the optimizer classes say it."""
 
-    rule: str
-    factors_of: tuple[str, ...]
-    factors_kind: str
+    _rule: str
+    _factors_of: tuple[str, ...]
+    _factors_kind: str
 
     @staticmethod
-    def constants(group: Group) -> tuple[float, ...]:
+    def _constants(group: Group) -> tuple[float, ...]:
         """Learning rate 0, sign of the gradient, decoupled and coupled decay, and eight more."""
 
     @staticmethod
-    def factors(group: Group, step: float) -> tuple[float, ...]:
-        """Warm-up and three numbers that depend on ``factors_of`` and the step."""
+    def _factors(group: Group, step: float) -> tuple[float, ...]:
+        """Warm-up and three numbers that depend on ``_factors_of`` and the step."""
 
     @staticmethod
-    def exponents(group: Group) -> tuple[float, ...]:
+    def _exponents(group: Group) -> tuple[float, ...]:
         """What ``advance`` needs to make the factors on the device."""
 
 
@@ -79,7 +79,7 @@ class LaunchBucket(Bucket):
         row_of = {number: row for row, number in enumerate(self._rows_of)}
         self._row_of = [row_of[number] for number in members.group_of]
         options = [groups[number] for number in self._rows_of]
-        self._coupled = any(rule.constants(group)[3] != 0.0 for group in options)
+        self._coupled = any(rule._constants(group)[3] != 0.0 for group in options)
         self._cautious = any(group.get("cautious") for group in options)
         self._adaptive = any(group.get("adaptive_lr") for group in options)
         self._on_cuda = self.device.type == "cuda"
@@ -152,12 +152,13 @@ class LaunchBucket(Bucket):
             for name, dtype in zip(names, types, strict=True)
         }
         count, programs = len(self.params), self._count_of_programs
-        lamb = self._rule.rule == "lamb"
+        lamb = self._rule._rule == "lamb"
         sums = 2 * (lamb or self._cautious or self._adaptive)
         new = {"device": self.device, "dtype": torch.float32}
         self._sums = torch.zeros(max(1, count * sums), **new)
         self.sums = self._sums[: count * sums].view(-1, 2)
         self._partials = torch.zeros(max(1, programs * sums), **new)
+        self._sender.buffers += [self._blocks, self._sums, self._partials]
         nothing = self._sums
         factors = self._factors
         if control is not None:
@@ -185,7 +186,7 @@ class LaunchBucket(Bucket):
             self._measures.append(start(first, 2))
             args = [self._table, self._partials, self._sums, _kernels.BLOCK, _CHUNK]
             self._measures.append(_Start(_kernels.tensor_sums, count, args))
-        self._starts.append(start(self._rule.rule, 2 * self._adaptive))
+        self._starts.append(start(self._rule._rule, 2 * self._adaptive))
         if control is None:
             return
 
@@ -202,6 +203,7 @@ class LaunchBucket(Bucket):
             *("norm", 0, False, False, False, 1, _kernels.NORM_BLOCK, _kernels.TAIL),
         ]
         norm = _Start(_kernels.update, self._norm_blocks.shape[0], args, num_warps=4)
+        self._sender.buffers += [factors, self._norm_blocks, self._norm_partials, self._square]
         args = [self._norm_partials, self._square, norms, 1, _CHUNK]
         self._norm_starts = [norm, _Start(_kernels.total, 1, args, num_warps=8)]
         args = [self._partials, self._estimates, programs, 2, _CHUNK]
@@ -209,7 +211,7 @@ class LaunchBucket(Bucket):
 
         args = [
             *(self._table, self._entries, self._exponents, self.counts, self._values, factors),
-            *(count, self._rule.factors_kind, 128),
+            *(count, self._rule._factors_kind, 128),
         ]
         self._measures.insert(0, _Start(_kernels.advance, (count + 127) // 128, args))
         self._controlled = True
@@ -258,11 +260,11 @@ class LaunchBucket(Bucket):
     def _write_constants(self, hypers: Hypers) -> None:
         if hypers.changed or not self._kinds:
             groups = [hypers.groups[number] for number in self._rows_of]
-            self._host_constants.copy_(_rows(map(self._rule.constants, groups), _CONSTANTS))
+            self._host_constants.copy_(_rows(map(self._rule._constants, groups), _CONSTANTS))
             first: dict[tuple[Any, ...], int] = {}
             kinds = [
                 first.setdefault(
-                    tuple(_hashable(group[key]) for key in self._rule.factors_of), number
+                    tuple(_hashable(group[key]) for key in self._rule._factors_of), number
                 )
                 for group, number in zip(groups, self._rows_of, strict=True)
             ]
@@ -270,7 +272,7 @@ class LaunchBucket(Bucket):
             self._rates = []
             self._keys = []
             if self._controlled:
-                self._host_exponents.copy_(_rows(map(self._rule.exponents, groups), _EXPONENTS))
+                self._host_exponents.copy_(_rows(map(self._rule._exponents, groups), _EXPONENTS))
         rates = hypers.rates
         if len(self._rows_of) != len(rates):
             rates = [rates[number] for number in self._rows_of]
@@ -331,7 +333,7 @@ class LaunchBucket(Bucket):
             self._host_entries[:, 1] = _words(rows)
             self._dirty = min(self._dirty, _AT_ENTRIES)
         self._factor_rows, self._keys = rows, keys
-        numbers_of = self._rule.factors
+        numbers_of = self._rule._factors
         values = array(
             "f",
             chain.from_iterable(numbers_of(hypers.groups[kind], step) for kind, step in keys),
@@ -345,9 +347,7 @@ class LaunchBucket(Bucket):
     _used = 0
 
     def _here(self) -> torch.cuda.device | nullcontext[None]:
-        if not self._on_cuda or torch.cuda.current_device() == self.device.index:
-            return nullcontext()
-        return torch.cuda.device(self.device)
+        return _on(self.device)
 
 
 class _Start:
@@ -374,16 +374,25 @@ class _Start:
                 self._again = compiled[grid]
 
 
+def _on(device: torch.device) -> torch.cuda.device | nullcontext[None]:
+    """Make a device the current one: Triton launches there, whatever it is given."""
+    if device.type != "cuda" or torch.cuda.current_device() == device.index:
+        return nullcontext()
+    return torch.cuda.device(device)
+
+
 def decide(square: Tensor, values: Tensor) -> None:
     """Start the kernel ``decide``."""
     start: Any = _kernels.decide
-    start[(1,)](square, values)
+    with _on(values.device):
+        start[(1,)](square, values)
 
 
 def estimate(sums: Tensor, values: Tensor) -> None:
     """Start the kernel ``estimate``."""
     start: Any = _kernels.estimate
-    start[(1,)](sums, values, 1.0 / D0)
+    with _on(values.device):
+        start[(1,)](sums, values, 1.0 / D0)
 
 
 def _hashable(option: Any) -> Any:
@@ -419,6 +428,7 @@ class _Sender:
     def __init__(self, host: Tensor, device: torch.device) -> None:
         self._host = host
         self.sent = torch.empty_like(host, device=device)
+        self.buffers: list[Tensor] = []  # what the launches use beside the tensors themselves
 
     def send(self, first: int, last: int) -> None:
         if first < last:
@@ -442,17 +452,24 @@ class _Ring(_Sender):
         self._turn = 0
         self._device = device
         self._stream: torch.cuda.Stream | None = None
+        self.buffers.append(self.sent)
 
     def send(self, first: int, last: int) -> None:
         stream = torch.cuda.current_stream(self._device)
         if self._stream is not None and stream != self._stream:
             stream.wait_event(self._done[self._turn - 1])  # the last launch may still read `sent`
+            for (
+                buffer
+            ) in self.buffers:  # freed with the plan, they must not be used again too early
+                buffer.record_stream(stream)
         self._stream = stream
         self._done[self._turn].synchronize()
         if first < last:
             pinned = self._ring[self._turn][first:last]
             pinned.copy_(self._host[first:last])
             self.sent[first:last].copy_(pinned, non_blocking=True)
+            # should the launch fail, the next step must not write what is still being copied
+            self._done[self._turn].record(stream)
 
     def mark(self) -> None:
         self._done[self._turn].record(self._stream)

@@ -49,8 +49,8 @@ class Lion(FusedOptimizer):
         arXiv 2302.06675.
     """
 
-    slot_names = ("exp_avg",)
-    rule = "lion"
+    _slot_names = ("exp_avg",)
+    _rule = "lion"
 
     def __init__(
         self,
@@ -83,7 +83,7 @@ class Lion(FusedOptimizer):
         check_betas(group["betas"])
 
     @staticmethod
-    def constants(group: Group) -> tuple[float, ...]:
+    def _constants(group: Group) -> tuple[float, ...]:
         beta1, beta2 = group["betas"]
         return (0.0, sign(group), group["weight_decay"], 0.0, 1.0 - beta1, 1.0 - beta2)
 

@@ -78,6 +78,11 @@ class Lookahead(Optimizer):
             )
         if isinstance(optimizer, Lookahead):
             raise ValueError("optimizer is a Lookahead already; wrap its base_optimizer")
+        if getattr(optimizer, "needs_index", False):
+            raise TypeError(
+                f"{type(optimizer).__name__} needs index=, the numbers of the samples, in each "
+                "step, and Lookahead cannot pass them on; use it alone"
+            )
         _check({"k": k, "alpha": alpha, "pullback": pullback})
         # Optimizer.__init__ would make groups and state of its own; this is what unpickling uses
         # to complete an optimizer, hooks included.
@@ -122,6 +127,12 @@ class Lookahead(Optimizer):
         for group in self.base_optimizer.param_groups:
             for key, value in zip(_OPTIONS, self._options, strict=True):
                 group.setdefault(key, value)
+
+    def __getattr__(self, name: str) -> Any:
+        # what the wrapped optimizer tells of itself: grad_norm, last_lr(), implementation ...
+        if name.startswith("_") or name == "base_optimizer":
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        return getattr(self.base_optimizer, name)
 
     def __getstate__(self) -> dict[str, Any]:
         return {

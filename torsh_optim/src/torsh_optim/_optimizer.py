@@ -3,7 +3,7 @@
 import difflib
 import importlib.util
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from itertools import chain
 from operator import attrgetter, itemgetter
 from typing import Any, ClassVar, Literal, overload
@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 
 from torsh_optim._checkpoint import FORMAT, align_groups, fitted_state, match_params, migrated
 from torsh_optim._control import D0, Control, Scaler
+from torsh_optim._overlap import check_apart
 from torsh_optim._plan import Batch, Bucket, Group, GroupBucket, Hypers, Members, Plan
 from torsh_optim._shards import Axes, Spread, is_spread, local
 
@@ -31,6 +32,18 @@ _FOREIGN = {
 _OWN_OPTIONS = ("foreach", "capturable", "differentiable", "fused")
 # One value for the whole optimizer, although each group carries it.
 _SHARED_OPTIONS = ("max_grad_norm", "skip_nonfinite", "adaptive_lr")
+_NUMBERS = (
+    *("lr", "weight_decay", "eps", "momentum", "dampening"),
+    *("max_grad_norm", "ema_decay", "trust_clip"),
+)
+# Options by which the states of other algorithms are known.
+_ALGORITHM_OPTIONS = {
+    *("betas", "eps", "amsgrad", "momentum", "dampening", "nesterov", "alpha", "centered", "rho"),
+    *("momentum_decay", "bias_correction", "grad_averaging", "trust_clip", "always_adapt"),
+    *("lambd", "t0", "etas", "step_sizes", "lr_decay", "ns_steps", "num_samples"),
+}
+# What a loaded state can switch off; torch lets the saved options win, too, but has none of these.
+_FEATURES = ("max_grad_norm", "warmup_steps", "ema_decay", "cautious", "adaptive_lr")
 _NOT_SUPPORTED = (
     ("foreach", "leave it out: one launch needs no lists"),
     ("capturable", "a step cannot be captured in a CUDA graph yet"),
@@ -48,7 +61,7 @@ class FusedOptimizer(Optimizer):
     """Optimizer whose step is one call for all tensors that can share it.
 
     A subclass defines an algorithm: its states, its hyper-parameters, and the same update as a rule
-    of the Triton kernel (``rule``, ``constants``, ``factors``, ``exponents``), as a plain loop
+    of the Triton kernel (``_rule``, ``_constants``, ``_factors``, ``_exponents``), as a plain loop
     (``_update_reference``), which defines the result, and perhaps as torch's own fused CPU kernel
     (``_update_cpu``).
 
@@ -63,24 +76,29 @@ class FusedOptimizer(Optimizer):
     )
     # what `_update_cpu` takes; torch's kernels want it to be the same for all tensors
     _cpu_types: ClassVar[frozenset[torch.dtype]] = frozenset({*_FLOATS, torch.float64})
-    slot_names: ClassVar[tuple[str, ...]]
-    late_slots: ClassVar[frozenset[str]] = frozenset()  # an option may ask for them at any time
-    rule: ClassVar[str]
-    factors_of: ClassVar[tuple[str, ...]] = ("warmup_steps",)
-    factors_kind: ClassVar[str] = "none"
+    _slot_names: ClassVar[tuple[str, ...]]
+    _late_slots: ClassVar[frozenset[str]] = frozenset()  # an option may ask for them at any time
+    _rule: ClassVar[str]
+    _factors_of: ClassVar[tuple[str, ...]] = ("warmup_steps",)
+    _factors_kind: ClassVar[str] = "none"
 
     _plan: Plan | None = None
     _control: Control | None  # no default here: Lightning's wrapper would find it before ours
     _options: list[tuple[Any, ...]] | None = None
     _options_of: Callable[[Group], tuple[Any, ...]] | None = None
     _kinds: list[Any] | None = None
-    _tensor_options: bool = False
+    _options_can_change: bool = False
     _warned: frozenset[str] = frozenset()
 
     # --- what an algorithm defines ---
 
     def _check(self, group: Group) -> None:
-        """Raise ValueError for hyper-parameters out of range."""
+        """Raise TypeError or ValueError for hyper-parameters of a wrong kind or out of range."""
+        for key in _NUMBERS:
+            if isinstance(group.get(key), str | bool):
+                raise TypeError(
+                    f"{key}={group[key]!r} is a {type(group[key]).__name__}, not a number"
+                )
         lr = group["lr"]
         if isinstance(lr, Tensor) and lr.numel() != 1:
             raise ValueError(f"Tensor lr must be 1-element, got shape {tuple(lr.shape)}")
@@ -109,24 +127,24 @@ class FusedOptimizer(Optimizer):
 
     def _slots(self, group: Group) -> tuple[str, ...]:
         """Names of the state tensors that have the shape of the parameter."""
-        return self.slot_names
+        return self._slot_names
 
     def _initial(self, slot: str, param: Tensor) -> Tensor:
         """First value of a state tensor."""
         return torch.zeros_like(param, memory_format=torch.preserve_format)
 
     @staticmethod
-    def constants(group: Group) -> tuple[float, ...]:
+    def _constants(group: Group) -> tuple[float, ...]:
         """Learning rate 0, sign of the gradient, decoupled and coupled decay, and eight more."""
         raise NotImplementedError
 
     @staticmethod
-    def factors(group: Group, step: float) -> tuple[float, ...]:
-        """Warm-up and three numbers that depend on ``factors_of`` and the step."""
+    def _factors(group: Group, step: float) -> tuple[float, ...]:
+        """Warm-up and three numbers that depend on ``_factors_of`` and the step."""
         return (ramp(group, step), 0.0, 0.0, 0.0)
 
     @staticmethod
-    def exponents(group: Group) -> tuple[float, ...]:
+    def _exponents(group: Group) -> tuple[float, ...]:
         """What the device needs to make the factors itself, warm-up first."""
         return (group["warmup_steps"],)
 
@@ -155,6 +173,12 @@ class FusedOptimizer(Optimizer):
         raise NotImplementedError
 
     def __init__(self, params: ParamsT, defaults: dict[str, Any]) -> None:
+        if isinstance(params, torch.nn.Module):
+            raise TypeError(
+                f"params is a {type(params).__name__}; pass its parameters: "
+                f"{type(self).__name__}(model.parameters(), ...)"
+            )
+        defaults = {k: tuple(v) if isinstance(v, list) else v for k, v in defaults.items()}
         self._control = None
         self._check(defaults)
         super().__init__(params, defaults)
@@ -181,6 +205,9 @@ class FusedOptimizer(Optimizer):
                         f"{hint}Options are {', '.join(sorted(self.defaults))}; "
                         "notes of your own may be called 'name' or start with an underscore"
                     )
+            for key, value in param_group.items():
+                if isinstance(value, list) and key not in ("params", "param_names"):
+                    param_group[key] = tuple(value)  # a list could be changed without our notice
             full = {**self.defaults, **param_group}
             self._check(full)
             for key in _SHARED_OPTIONS:
@@ -233,7 +260,12 @@ class FusedOptimizer(Optimizer):
         Raises:
             ValueError: Groups, shapes, keys or format do not fit; the message names the key.
         """
-        state_dict = state_dict.copy()
+        if not isinstance(state_dict, Mapping):
+            raise TypeError(
+                f"an optimizer state is a dictionary, got {type(state_dict).__name__}; "
+                "load a file with torch.load(path, weights_only=True) first"
+            )
+        state_dict = dict(state_dict)
         for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
             result = pre_hook(self, state_dict)
             if result is not None:
@@ -253,6 +285,20 @@ class FusedOptimizer(Optimizer):
                 if isinstance(value, list) and isinstance(own.get(key), tuple)
             }
             saved = {**saved, **fixed}
+            foreign = sorted(_ALGORITHM_OPTIONS & saved.keys() - self.defaults.keys())
+            if foreign:
+                raise ValueError(
+                    f"the loaded state has the option {foreign[0]!r}, which {type(self).__name__} "
+                    "does not know: it was saved by another kind of optimizer; load it there, or "
+                    "convert it with state_from(..., target=optimizer)"
+                )
+            off = [key for key in _FEATURES if own.get(key) and key in saved and not saved[key]]
+            if off:
+                warnings.warn(
+                    f"the loaded state switches {off[0]} off: {own[off[0]]!r} here, "
+                    f"{saved[off[0]]!r} there; set it in param_groups after loading to keep it",
+                    stacklevel=3,
+                )
             groups.append({**self.defaults, **own, **saved, **kept, "torsh_version": FORMAT})
             self._check(groups[-1])
         loaded_of = {
@@ -264,9 +310,15 @@ class FusedOptimizer(Optimizer):
             if key in targets:
                 param, _, name = targets[key]
                 slots = self._slots(loaded_of[id(param)])
-                state[param] = fitted_state(param, values, slots, self.late_slots, name)
+                state[param] = fitted_state(param, values, slots, self._late_slots, name)
+            elif isinstance(key, int):
+                raise ValueError(
+                    f"the loaded state has an entry {key}, but no parameter of that number; "
+                    "load a state saved for this model"
+                )
             else:
                 state[key] = values
+        self._check_shared(groups)
         restored = self.state.__class__(dict)
         restored.update(state)
         self.__setstate__({"state": restored, "param_groups": groups})
@@ -321,9 +373,11 @@ class FusedOptimizer(Optimizer):
             self._options_of = itemgetter(*(key for key in self.defaults if key != "lr"))
         options = list(map(self._options_of, groups))
         changed = options != self._options
+        if changed or (groups and groups[0].get("adaptive_lr")):
+            self._check_shared(groups)
         if changed and self._plan is not None and self._kinds_of(groups) != self._kinds:
             self._plan = None
-        hypers = Hypers(groups, changed or self._tensor_options, list(map(_lr, groups)))
+        hypers = Hypers(groups, changed or self._options_can_change, list(map(_lr, groups)))
         scaler = Scaler(getattr(self, "grad_scale", None), getattr(self, "found_inf", None))
         if self._plan is not None and not self._plan.matches(params, grads, self.state, sizes):
             self._plan = None
@@ -338,7 +392,16 @@ class FusedOptimizer(Optimizer):
                 raise AssertionError("a new plan does not fit its own tensors")
         if changed:
             self._options = options
-            self._tensor_options = any(map(_holds_tensor, chain.from_iterable(options)))
+            self._options_can_change = any(map(_can_change, chain.from_iterable(options)))
+
+    def _check_shared(self, groups: list[Group]) -> None:
+        for key in _SHARED_OPTIONS:
+            values = [group[key] for group in groups if key in group]
+            if any(value != values[0] for value in values):
+                raise ValueError(
+                    f"{key} differs between parameter groups: {values}; it holds for the whole "
+                    "optimizer: set it in all of them"
+                )
 
     def _kinds_of(self, groups: list[Group]) -> list[Any]:
         """What of the options decides between buckets and between kernels."""
@@ -348,7 +411,7 @@ class FusedOptimizer(Optimizer):
                 group["fused"],
                 group["max_grad_norm"] is None,
                 self._has_update_cpu(group),
-                self.constants(group)[3] != 0.0,
+                self._constants(group)[3] != 0.0,
                 group.get("cautious"),
             )
             for group in groups
@@ -362,8 +425,16 @@ class FusedOptimizer(Optimizer):
         spread: Spread,
     ) -> Plan:
         lead = self.param_groups[0] if self.param_groups else {}
+        check_apart([local(param) for param in params])
         controls = lead.get("max_grad_norm") is not None or bool(lead.get("adaptive_lr"))
         shares = any(map(self._wants_sums, self.param_groups))
+        if (controls or shares) and any(map(_is_flat, params)):
+            raise RuntimeError(
+                f"{type(self).__name__} needs norms of whole gradients or tensors here, which the "
+                "flat parameters of FullyShardedDataParallel hide; use "
+                "torch.distributed.fsdp.fully_shard, or max_grad_norm=None and an optimizer "
+                "without norms, with clip_grad_norm_() of the FSDP module"
+            )
         members: dict[tuple[Any, ...], list[tuple[int, int]]] = {}
         axes_of: dict[tuple[Any, ...], Axes | None] = {}
         group_of = [i for i, group in enumerate(self.param_groups) for _ in group["params"]]
@@ -379,7 +450,7 @@ class FusedOptimizer(Optimizer):
             axes = spread.axes.get(index) if controls or shares else None
             dtypes = [
                 self.state[param][slot].dtype if slot in self.state[param] else param.dtype
-                for slot in self.slot_names
+                for slot in self._slot_names
             ]
             device = local(param).device
             key = (implementation, device, param.dtype, grad_dtype, *dtypes, axes, *owner)
@@ -415,7 +486,7 @@ class FusedOptimizer(Optimizer):
                     self.state[param][slot] if slot in slots else None
                     for param, slots in zip(mine, wanted, strict=True)
                 ]
-                for slot in self.slot_names
+                for slot in self._slot_names
             },
             [self.state[param]["step"] for param in mine],
             [number for _, number in entries],
@@ -461,8 +532,9 @@ class FusedOptimizer(Optimizer):
                 "clear the gradient of a parameter that you resize"
             )
         state = self.state[param]
-        if "step" not in state:
-            state["step"] = torch.zeros((), dtype=torch.float32, device="cpu")
+        if not isinstance(state.get("step"), Tensor):
+            step = float(state.get("step", 0.0))
+            state["step"] = torch.tensor(step, dtype=torch.float32, device="cpu")
         if group.get("adaptive_lr"):
             if param.dtype.itemsize == 2:
                 raise RuntimeError(
@@ -476,6 +548,12 @@ class FusedOptimizer(Optimizer):
         for slot in self._slots(group):
             if slot not in state:
                 state[slot] = self._initial(slot, param)
+            elif local(state[slot]).device != local(param).device:
+                raise RuntimeError(
+                    f"state {slot!r} is on {local(state[slot]).device}, its parameter on "
+                    f"{local(param).device}; move the model before the first step, or load the "
+                    "optimizer's state_dict() again after moving it"
+                )
             elif state[slot].shape != param.shape:
                 raise RuntimeError(
                     f"state {slot!r} has shape {tuple(state[slot].shape)}, its parameter "
@@ -596,15 +674,17 @@ def sign(group: Group) -> float:
     return -1.0 if group["maximize"] else 1.0
 
 
-def inverse(scale: float) -> Tensor:
-    """What torch's fused CPU kernels divide gradients by; infinite for 0."""
-    return torch.tensor(scale, dtype=torch.float32, device="cpu").reciprocal_()
+def _is_flat(param: Tensor) -> bool:
+    """Whether a parameter is a part of a flat one, spread over processes without a DTensor."""
+    flat = getattr(param, "_is_flat_param", False) or getattr(param, "_fsdp_flattened", False)
+    return bool(flat) and torch.distributed.get_world_size() > 1
 
 
-def _holds_tensor(value: Any) -> bool:
-    return isinstance(value, Tensor) or (
-        isinstance(value, Sequence) and any(isinstance(part, Tensor) for part in value)
-    )
+def _can_change(value: Any) -> bool:
+    """Whether an option can change and remain the same object."""
+    if isinstance(value, tuple):
+        return any(isinstance(part, Tensor) for part in value)
+    return isinstance(value, Tensor) or type(value) is list
 
 
 def _with_own_scalars(state: Mapping[Any, Any]) -> dict[Any, Any]:
@@ -622,6 +702,8 @@ def _with_own_scalars(state: Mapping[Any, Any]) -> dict[Any, Any]:
 
 def _interpreting() -> bool:
     """Whether Triton kernels run on CPU tensors, in Triton's interpreter."""
+    if importlib.util.find_spec("triton") is None:
+        return False
     import triton
 
     return bool(triton.knobs.runtime.interpret)

@@ -213,6 +213,10 @@ class Batch:
     control: Control | None
     sums: list[list[float]]
 
+    def scaled_grads(self) -> list[Tensor]:
+        """Give the gradients times ``scale``; those of the parameters are not changed."""
+        return self.grads if self.scale == 1.0 else list(torch._foreach_mul(self.grads, self.scale))
+
 
 class GroupBucket(Bucket):
     """Parameters of one group, updated by a function over lists of tensors."""

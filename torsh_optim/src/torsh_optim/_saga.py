@@ -21,7 +21,7 @@ from torsh_optim._saga_update import Index, Update, sample_numbers
 
 TableKind = Literal["auto", "scalar", "factored", "full"]
 
-FORMAT = 1
+FORMAT = 2  # 1 had no checksums of inputs; they are taken as not seen yet
 _KINDS = ("auto", "scalar", "factored", "full")
 _SHARED = ("num_samples", "table", "table_dtype", "max_table_bytes")  # one value for all groups
 
@@ -37,21 +37,23 @@ class SAGA(Optimizer):
     What the table holds for a sample:
 
     - ``scalar``: the derivatives of the loss by the outputs of one ``nn.Linear``. For linear models
-      (regression, softmax) whose input for a sample never changes.
+      (regression, softmax) whose input for a sample never changes. A checksum of it is kept, and
+      a step with another input is an error.
     - ``factored``: input and output derivative of each ``nn.Linear``, in + out numbers in place of
       in x out. For layers called once on ``(batch, features)``; inputs may change, as behind other
       layers, dropout or augmentation.
     - ``full``: the gradient. For any model whose samples do not mix (no batch statistics). The
       closure returns the loss of each sample ``(batch,)``, or ``index`` is one number: that of a
       sample, or of a fixed minibatch.
-    - ``auto``: the first of these that fits, found in the first step.
+    - ``auto``: the first of these that fits, found in the first step. It assumes that a sample
+      always has the same input, which is checked: where augmentation or dropout comes before a
+      single linear layer, take ``factored``.
 
     The layers are found by themselves while the closure runs; compiled models run uncompiled in
-    it. Terms of the loss that use the
-    parameters directly, such as a penalty, are not stored and stay exact in each step.
-    It runs in one process: gradients averaged over ranks do not fit a table of one rank's samples.
-    The table begins with zeros. It is part of ``state_dict()``; :meth:`save_table` writes it
-    compressed. After a step each ``grad`` holds the estimate.
+    it. Terms of the loss that use the parameters directly, such as a penalty, are not stored and
+    stay exact in each step. It runs in one process: gradients averaged over ranks do not fit a
+    table of one rank's samples. The table begins with zeros. It is part of ``state_dict()``;
+    :meth:`save_table` writes it compressed. After a step each ``grad`` holds the estimate.
 
     Args:
         params: Tensors, name and tensor pairs, or dictionaries of parameter groups; groups may
@@ -71,7 +73,8 @@ class SAGA(Optimizer):
         max_table_bytes: A larger table is refused.
 
     Raises:
-        TypeError: ``table_dtype`` is not one of float64, float32, bfloat16 and int8.
+        TypeError: ``table_dtype`` is not one of float64, float32, bfloat16 and int8, or a rate is
+            not a number.
         ValueError: An option is out of range, or a full table would be too large.
 
     Example:
@@ -95,6 +98,8 @@ class SAGA(Optimizer):
         step takes one sample and the table begins with gradients at the start; here a step takes a
         batch and the table begins with zeros, which is unbiased as well.
     """
+
+    needs_index = True  # wrappers that step without it refuse this class
 
     def __init__(
         self,
@@ -164,14 +169,14 @@ class SAGA(Optimizer):
     def _params(self) -> list[Tensor]:
         return list(chain.from_iterable(group["params"] for group in self.param_groups))
 
-    def _check_size(self, kind: str, widths: Iterable[int]) -> None:
+    def _check_size(self, kind: str, widths: Iterable[int], checked: bool = False) -> None:
         group = self.param_groups[0]
         limit, dtype = group["max_table_bytes"], group["table_dtype"]
-        table_rows.check_size(kind, group["num_samples"], widths, dtype, limit)
+        table_rows.check_size(kind, group["num_samples"], widths, dtype, limit, checked)
 
     @property
     def table_bytes(self) -> int:
-        """Bytes of the table so far, with scales, without its mean; 0 before the first step."""
+        """Bytes of the table so far, with scales and checksums, without its mean; 0 at first."""
         return sum(
             tensor.nbytes
             for state in self.state.values()
@@ -205,9 +210,9 @@ class SAGA(Optimizer):
 
         Raises:
             IndexError: A number is out of range.
-            RuntimeError: The loss does not fit the table, or a gradient is not finite. Nothing has
-                been changed then.
-            TypeError: ``index`` holds no integers.
+            RuntimeError: The loss does not fit the table, a gradient is not finite, or the input
+                of a sample in a scalar table has changed. Nothing has been changed then.
+            TypeError: ``index`` holds no integers, or is a mask.
             ValueError: ``closure`` or ``index`` is missing, or the table would be too large.
         """
         if closure is None:
@@ -266,6 +271,7 @@ class SAGA(Optimizer):
             else:
                 calls = layers.calls
                 kind = "scalar" if len(calls) == 1 and calls[0].fixed_input else "factored"
+        checked = False
         if kind == "full":
             if loss.dim() == 0 and batch > 1:
                 why = f" (auto chose it: {obstacle})" if obstacle else ""
@@ -287,10 +293,11 @@ class SAGA(Optimizer):
                         f"index has {batch} numbers, but {call.layer} got {len(call.input)} rows"
                     )
             mine = set(map(id, self._params()))
+            inputs = [c.layer.in_features for c in layers.calls if id(c.layer.weight) in mine]
             widths = [call.layer.out_features for call in layers.calls]
-            if kind == "factored":
-                widths += [c.layer.in_features for c in layers.calls if id(c.layer.weight) in mine]
-        self._check_size(kind, widths)
+            widths += inputs if kind == "factored" else []
+            checked = kind == "scalar" and bool(inputs)
+        self._check_size(kind, widths, checked)
         for group in self.param_groups:
             group["table"] = kind
         return kind
@@ -343,23 +350,21 @@ class SAGA(Optimizer):
             state_dict: What ``state_dict`` returned; not changed.
 
         Raises:
-            ValueError: Groups, shapes, types or the number of samples do not fit.
+            ValueError: Groups, shapes, types or the number of samples do not fit, or another
+                optimizer saved the state.
         """
         state_dict = state_dict.copy()
         for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
             result = pre_hook(self, state_dict)
             if result is not None:
                 state_dict = result
+        table_rows.check_saved(state_dict["param_groups"], FORMAT)
         saved_groups = align_groups(self.param_groups, state_dict["param_groups"])
         targets = match_params(self.param_groups, saved_groups)
         groups = []
         for own, saved in zip(self.param_groups, saved_groups, strict=True):
-            if saved.get("torsh_version", 0) != FORMAT:
-                raise ValueError(
-                    f"torsh_version={saved.get('torsh_version')!r} of the loaded state is not "
-                    f"{FORMAT}: no SAGA of this torsh-optim saved it"
-                )
             kept = {key: own[key] for key in ("params", "param_names") if key in own}
+            kept["torsh_version"] = FORMAT
             groups.append({**self.defaults, **copy.deepcopy(saved), **kept})
             _check(groups[-1])
         self._check_samples(groups[0])
@@ -476,6 +481,8 @@ def _move(param: Tensor, estimate: Tensor, group: dict[str, Any]) -> None:
 def _check(options: dict[str, Any]) -> None:
     for key in ("lr", "weight_decay", "l1"):
         value = options[key]
+        if isinstance(value, str | bool):
+            raise TypeError(f"{key}={value!r} is a {type(value).__name__}, not a number")
         if isinstance(value, Tensor) and (key != "lr" or value.numel() != 1):
             raise ValueError(f"{key} is a tensor of shape {tuple(value.shape)}; give a number")
         if not 0.0 <= float(value) < float("inf"):

@@ -15,7 +15,12 @@ def row_bytes(width: int, dtype: torch.dtype) -> int:
 
 
 def check_size(
-    kind: str, num_samples: int, widths: Iterable[int], dtype: torch.dtype, limit: int
+    kind: str,
+    num_samples: int,
+    widths: Iterable[int],
+    dtype: torch.dtype,
+    limit: int,
+    checked: bool = False,
 ) -> None:
     """Refuse a table before anything of it is allocated.
 
@@ -25,12 +30,13 @@ def check_size(
         widths: Numbers in a row of each part.
         dtype: Element type.
         limit: The most bytes allowed.
+        checked: Whether a float64 checksum of the input is kept for each sample.
 
     Raises:
         ValueError: The table is larger than ``limit``.
     """
     widths = list(widths)
-    size = num_samples * sum(row_bytes(width, dtype) for width in widths)
+    size = num_samples * (sum(row_bytes(width, dtype) for width in widths) + 8 * checked)
     if size <= limit:
         return
     remedies = {
@@ -120,6 +126,62 @@ def write(
         state[f"{key}_scale"].index_copy_(0, index, scale)
 
 
+def input_sums(inputs: Tensor) -> tuple[Tensor, Tensor]:
+    """Return a number for each input that changes when the input does, and how far it may be off.
+
+    It is a weighted sum in float64, not a hash of the bits: a sample that has passed through fixed
+    layers differs in its last bits between batches of other sizes, and must not count as another
+    one. Differences up to 1e-12 of the input in float64, 1e-5 in float32 and 1e-2 in half
+    precision are taken as rounding.
+
+    Args:
+        inputs: ``(batch, features)``.
+
+    Returns:
+        Sums and tolerances ``(batch,)``, in float64. A sum is never 0, which stands for an input
+        not seen yet.
+
+    Example:
+        >>> sums, tolerance = input_sums(torch.tensor([[1.0, 2.0], [2.0, 1.0], [0.0, 0.0]]))
+        >>> bool((sums[0] - sums[1]).abs() > tolerance[0])
+        True
+        >>> bool(sums[2] > 0)
+        True
+    """
+    values = inputs.to(torch.float64)
+    order = torch.arange(1, values.shape[1] + 1, dtype=torch.float64, device=values.device)
+    # between 1 and 2 and without a pattern, so that elements cannot trade places unseen
+    weights = 1 + (order * order * 0.6180339887498949).frac()
+    sums = values @ weights
+    part = {torch.float64: 1e-12, torch.float32: 1e-5}.get(inputs.dtype, 1e-2)
+    return torch.where(sums == 0, 2.0**-1000, sums), values.abs() @ weights * part
+
+
+def check_saved(groups: Iterable[dict[str, Any]], version: int) -> None:
+    """Refuse groups of a loaded state that are not those of a SAGA.
+
+    Args:
+        groups: ``param_groups`` of the state.
+        version: Newest ``torsh_version`` that can be loaded.
+
+    Raises:
+        ValueError: Another optimizer saved the groups, or another format of SAGA.
+    """
+    for group in groups:
+        if "num_samples" not in group:
+            options = sorted(group.keys() - {"params", "param_names", "torsh_version"})
+            raise ValueError(
+                "the loaded state is that of another optimizer: its groups have no num_samples, "
+                f"but {', '.join(options) or 'nothing'}; load what state_dict() of a SAGA returned"
+            )
+        found = group.get("torsh_version")
+        if found not in range(1, version + 1):
+            raise ValueError(
+                f"torsh_version={found!r} of the loaded state is not between 1 and {version}: no "
+                "SAGA of this torsh-optim saved it"
+            )
+
+
 def fitted(key: str, value: Any, param: Tensor, name: str, options: dict[str, Any]) -> Tensor:
     """Check a loaded part of the table against its parameter and copy it to its device.
 
@@ -148,6 +210,8 @@ def fitted(key: str, value: Any, param: Tensor, name: str, options: dict[str, An
         known[part] = ((rows, width), dtype)
         if dtype == torch.int8:
             known[f"{part}_scale"] = ((rows,), torch.float32)
+    if options["table"] == "scalar" and param.dim() == 2:
+        known["input_sum"] = ((rows,), torch.float64)
     if key not in known:
         raise ValueError(
             f"{key!r} of {name} does not belong in a {options['table']} table, which has "

@@ -9,9 +9,14 @@ import torch
 from torch import Tensor
 
 from torsh_optim._saga_layers import LinearCall
-from torsh_optim._saga_table import allocate, decode, encode, read, write
+from torsh_optim._saga_table import allocate, decode, encode, input_sums, read, write
 
 Index = Tensor | Sequence[int] | int
+
+_NOT_FINITE = (
+    "the batch has gradients or inputs that are not finite; nothing was stored or changed: leave "
+    "it out, or lower lr if the loss grows"
+)
 
 
 class Update:
@@ -40,6 +45,7 @@ class Update:
         self.batch = len(where)
         self._state, self._dtype, self._where, self._once = state, dtype, where, once
         self._rows: list[tuple[Tensor, str, Tensor, Tensor | None]] = []
+        self._sums: dict[Tensor, Tensor] = {}
 
     def add_rows(self, params: list[Tensor], rows: list[Tensor]) -> None:
         """Take the gradients of each sample, ``(batch, numel)`` for each parameter."""
@@ -58,7 +64,7 @@ class Update:
             scalar: Whether the input of a sample is always the same, and so is not stored.
 
         Raises:
-            RuntimeError: A number is not finite.
+            RuntimeError: A number is not finite, or an input that is not stored has changed.
         """
         mine = set(map(id, params))
         for call in calls:
@@ -77,6 +83,7 @@ class Update:
             if weight is None:
                 continue
             if scalar:
+                self._see_input(owner, call.input)
                 both = torch.cat((old, self._masked(new - old)), 1)
                 sums = both.T @ call.input.to(torch.float64)  # one product for both
                 self.old_sum[weight], self.change[weight] = sums.chunk(2)
@@ -88,6 +95,29 @@ class Update:
                     self.old_sum[weight] if self._once is None else self._masked(old).T @ old_x
                 )
                 self.change[weight] = (self._masked(new).T @ new_x).sub_(replaced)
+
+    def _see_input(self, owner: Tensor, inputs: Tensor) -> None:
+        """Note checksums of inputs; compare them with those of the last visits."""
+        sums, tolerance = input_sums(inputs)
+        known = self._state.get(owner, {}).get("input_sum")
+        before = torch.zeros_like(sums) if known is None else known[self._where]
+        if self._once is not None:  # the batch has a sample twice
+            different, place = self._where.unique(return_inverse=True)
+            first = sums.new_empty(len(different)).scatter_(0, place, sums)[place]
+            before = torch.where(before == 0, first, before)
+        before = torch.where(before == 0, sums, before)
+        changed = ~((sums - before).abs() <= tolerance)
+        if bool(changed.any()):
+            i = int(changed.nonzero()[0])
+            if not math.isfinite(float(sums[i])):
+                raise RuntimeError(_NOT_FINITE)
+            raise RuntimeError(
+                f"the input of sample {int(self._where[i])} is another one than at its last visit, "
+                "and the scalar table needs the same one each time (augmentation, dropout or a "
+                "random or changing layer before the linear one?); nothing was stored or changed: "
+                "use table='factored' in a new SAGA, or fix the inputs"
+            )
+        self._sums[owner] = before  # that of the first visit, so that nothing creeps
 
     def _masked(self, rows: Tensor) -> Tensor:
         return rows if self._once is None else rows * self._once
@@ -104,10 +134,7 @@ class Update:
         stored = decode(codes, scale)
         # one NaN or infinity is enough to make the sum one; codes of int8 would hide it
         if not math.isfinite(float((stored if scale is None else scale).sum())):
-            raise RuntimeError(
-                "the batch has gradients or inputs that are not finite; nothing was stored or "
-                "changed: leave it out, or lower lr if the loss grows"
-            )
+            raise RuntimeError(_NOT_FINITE)
         self._rows.append((owner, key, codes, scale))
         return stored
 
@@ -125,6 +152,11 @@ class Update:
             else:
                 kept_scale = None if scale is None else scale[keep]
                 write(state, key, where[keep], codes[keep], kept_scale)
+        for owner, sums in self._sums.items():
+            state = self._state[owner]
+            if "input_sum" not in state:  # new, or loaded from a state without it
+                state["input_sum"] = sums.new_zeros(num_samples)
+            state["input_sum"].index_copy_(0, where, sums)
 
 
 def sample_numbers(index: Index, num_samples: int) -> list[int]:
@@ -139,8 +171,14 @@ def sample_numbers(index: Index, num_samples: int) -> list[int]:
         TypeError: There is something else than integers.
         ValueError: There are none, or ``index`` has more than one dimension.
     """
+    plain = isinstance(index, Sequence) and any(isinstance(number, bool) for number in index)
+    if plain or str(getattr(index, "dtype", "")).removeprefix("torch.") == "bool":
+        raise TypeError(
+            "index is a mask of torch.bool, not the numbers of the samples; give "
+            "mask.nonzero().squeeze(1)"
+        )
     if isinstance(index, Tensor):
-        if index.is_floating_point() or index.is_complex() or index.dtype == torch.bool:
+        if index.is_floating_point() or index.is_complex():
             raise TypeError(f"index must hold integers, got {index.dtype}")
         if index.dim() > 1:
             raise ValueError(f"index must be of shape (batch,), got {tuple(index.shape)}")

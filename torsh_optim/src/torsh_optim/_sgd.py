@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from torsh_optim._checkpoint import FORMAT
-from torsh_optim._optimizer import FusedOptimizer, ParamsT, inverse, ramp, sign
+from torsh_optim._optimizer import FusedOptimizer, ParamsT, ramp, sign
 from torsh_optim._plan import Batch, Group
 from torsh_optim._reference import chunks, sgd_
 
@@ -50,11 +50,11 @@ class SGD(FusedOptimizer):
         2013.
     """
 
-    slot_names = ("momentum_buffer",)
-    late_slots = frozenset({"momentum_buffer"})
-    rule = "sgd"
-    factors_of = ("momentum", "dampening", "warmup_steps")
-    factors_kind = "first"
+    _slot_names = ("momentum_buffer",)
+    _late_slots = frozenset({"momentum_buffer"})
+    _rule = "sgd"
+    _factors_of = ("momentum", "dampening", "warmup_steps")
+    _factors_kind = "first"
 
     # torch 2.11's kernel leaves garbage in the momentum of 16-bit parameters
     _cpu_types = frozenset({torch.float32, torch.float64})
@@ -105,19 +105,19 @@ class SGD(FusedOptimizer):
             )
 
     def _slots(self, group: Group) -> tuple[str, ...]:
-        return self.slot_names if group["momentum"] != 0 else ()
+        return self._slot_names if group["momentum"] != 0 else ()
 
     @staticmethod
-    def constants(group: Group) -> tuple[float, ...]:
+    def _constants(group: Group) -> tuple[float, ...]:
         decay, momentum = group["weight_decay"], group["momentum"]
         return (0.0, sign(group), 0.0, decay, momentum, float(group["nesterov"]))
 
     @staticmethod
-    def factors(group: Group, step: float) -> tuple[float, ...]:
+    def _factors(group: Group, step: float) -> tuple[float, ...]:
         return (ramp(group, step), 1.0 if step == 1.0 else 1.0 - group["dampening"], 0.0, 0.0)
 
     @staticmethod
-    def exponents(group: Group) -> tuple[float, ...]:
+    def _exponents(group: Group) -> tuple[float, ...]:
         return (group["warmup_steps"], 1.0, 1.0 - group["dampening"])
 
     def _has_update_cpu(self, group: Group) -> bool:
@@ -125,11 +125,12 @@ class SGD(FusedOptimizer):
 
     def _update_cpu(self, batch: Batch) -> None:
         group = batch.group
+        scaled = batch.scaled_grads()
         # one call, unless parameters are at different places: torch's has one rate and one first
         places = [(ramp(group, step), step == 1.0) for step in batch.numbers]
         for place in dict.fromkeys(places):
             mine = [i for i, other in enumerate(places) if other == place]
-            params, grads = ([row[i] for i in mine] for row in (batch.params, batch.grads))
+            params, grads = ([row[i] for i in mine] for row in (batch.params, scaled))
             momenta = batch.states.get("momentum_buffer")
             torch._fused_sgd_(
                 params,
@@ -142,8 +143,6 @@ class SGD(FusedOptimizer):
                 nesterov=group["nesterov"],
                 maximize=group["maximize"],
                 is_first_step=place[1],
-                # divides the gradients, in place
-                grad_scale=None if batch.scale == 1.0 else inverse(batch.scale),
             )
 
     def _update_reference(self, batch: Batch) -> None:

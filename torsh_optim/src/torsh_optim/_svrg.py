@@ -144,6 +144,12 @@ class SVRG(Optimizer):
             for key, value in self._options.items():
                 group.setdefault(key, groups[0].get(key, value))
 
+    def __getattr__(self, name: str) -> Any:
+        # what the wrapped optimizer tells of itself: grad_norm, last_lr(), implementation ...
+        if name.startswith("_") or name == "base_optimizer":
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        return getattr(self.base_optimizer, name)
+
     def __getstate__(self) -> dict[str, Any]:
         return {
             "base_optimizer": self.base_optimizer,
