@@ -406,7 +406,7 @@ def test_no_state_at_all() -> None:
     opt = _stepped(AdamW)
     for wrong in (None, "state.pt"):
         with pytest.raises(
-            TypeError, match="an optimizer state is a dictionary, got (NoneType|str)"
+            TypeError, match=r"an optimizer state is a dictionary, got (NoneType|str)"
         ):
             opt.load_state_dict(wrong)  # pyrefly: ignore[bad-argument-type]
 
