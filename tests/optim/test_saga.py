@@ -714,7 +714,8 @@ def test_small_changes_do_not_add_up() -> None:
     opt = SAGA(model.parameters(), 0.0, N)
 
     def step(change: float) -> None:
-        opt.step(lambda: F.cross_entropy(model(x[:1] * (1 + change)), y[:1]), index=0)
+        grown = x[:1].abs() * (1 + change)  # of one sign, so the sum grows as much
+        opt.step(lambda: F.cross_entropy(model(grown), y[:1]), index=0)
 
     for k in (0, 1, 2):  # taken as rounding
         step(3e-13 * k)

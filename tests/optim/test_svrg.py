@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from torsh_optim import AdamW
+from torsh_optim import SAGA, AdamW
 from torsh_optim._svrg import SVRG
 
 N = 20
@@ -544,3 +544,11 @@ def test_cuda_equals_cpu_and_dropout_is_the_same() -> None:
     svrg.step(lambda: F.cross_entropy(net(x[:5]), y[:5]))
     full = svrg.state_dict()["state"][0]["full_gradient"]
     torch.testing.assert_close(net[0].weight.grad, full, rtol=0, atol=1e-14)
+
+
+def test_saga_is_refused() -> None:
+    saga = SAGA([torch.nn.Parameter(torch.zeros(2))], lr=0.1, num_samples=3)
+    with pytest.raises(
+        TypeError, match="SAGA needs index=, the numbers of the samples, in each step"
+    ):
+        SVRG(saga)

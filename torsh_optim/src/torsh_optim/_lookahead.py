@@ -45,7 +45,7 @@ class Lookahead(Optimizer):
             ``alpha`` from its value at the last synchronisation, as the weights.
 
     Raises:
-        TypeError: ``optimizer`` is not a ``torch.optim.Optimizer``.
+        TypeError: ``optimizer`` is not a ``torch.optim.Optimizer``, or is a SAGA.
         ValueError: An option is out of range, or the optimizer already is a Lookahead.
 
     Example:

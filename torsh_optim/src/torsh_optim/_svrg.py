@@ -96,6 +96,11 @@ class SVRG(Optimizer):
             )
         if isinstance(optimizer, SVRG):
             raise ValueError("optimizer is an SVRG already; wrap its base_optimizer")
+        if getattr(optimizer, "needs_index", False):
+            raise TypeError(
+                f"{type(optimizer).__name__} needs index=, the numbers of the samples, in each "
+                "step, and SVRG cannot pass them on; use it alone"
+            )
         if isinstance(optimizer, torch.optim.LBFGS):
             raise ValueError("LBFGS evaluates a closure itself; SVRG needs an optimizer that steps")
         values = (alpha, alpha_schedule, total_steps, snapshot_every, 0, None)
