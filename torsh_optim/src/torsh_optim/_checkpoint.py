@@ -14,6 +14,8 @@ from torsh_optim._shards import spread_like
 
 FORMAT = 2  # `torsh_version` in the parameter groups of a state; 0 is a state of torch.optim
 
+_SCALARS = ("step", "d", "d_numerator")
+
 Target = tuple[Tensor, dict[str, Any], str]
 
 
@@ -244,3 +246,16 @@ def fitted_state(
                 "it was saved by another kind of optimizer"
             )
     return state
+
+
+def with_own_scalars(state: Mapping[Any, Any]) -> dict[Any, Any]:
+    """Copy the 0-d tensors: pickled, each view would take the storage of all with it."""
+    return {
+        key: {
+            name: value.clone() if name in _SCALARS and isinstance(value, Tensor) else value
+            for name, value in values.items()
+        }
+        if isinstance(values, dict)
+        else values
+        for key, values in state.items()
+    }

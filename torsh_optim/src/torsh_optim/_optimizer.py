@@ -1,6 +1,5 @@
 """The engine under the optimizers: options, state, choice of implementation, the step."""
 
-import difflib
 import importlib.util
 import warnings
 from collections.abc import Callable, Iterable, Mapping
@@ -12,45 +11,36 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from torsh_optim._checkpoint import FORMAT, align_groups, fitted_state, match_params, migrated
+from torsh_optim._checkpoint import (
+    FORMAT,
+    align_groups,
+    fitted_state,
+    match_params,
+    migrated,
+    with_own_scalars,
+)
 from torsh_optim._control import D0, Control, Scaler
+from torsh_optim._options import (
+    can_change,
+    check_algorithm,
+    check_common,
+    check_joins,
+    check_known,
+    check_shared,
+    ramp,
+    say_what_goes_off,
+)
 from torsh_optim._overlap import check_apart
 from torsh_optim._plan import Batch, Bucket, Group, GroupBucket, Hypers, Members, Plan
-from torsh_optim._shards import Axes, Spread, is_spread, local
+from torsh_optim._shards import Axes, Spread, is_flat, is_spread, local
 
 ParamsT = (
     Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]  # as torch.optim's
 )
 Implementation = Literal["cpu-fused", "cpu-chunked", "triton", "reference"]
 
-# Options that others keep in parameter groups: schedulers, torch.optim.swa_utils, timm.
-_FOREIGN = {
-    *("initial_lr", "max_lr", "min_lr", "base_lr", "swa_lr", "max_momentum", "base_momentum"),
-    *("name", "param_names", "params", "lr_scale"),
-}
 # How to compute, not what: an optimizer keeps its own when it loads a state.
 _OWN_OPTIONS = ("foreach", "capturable", "differentiable", "fused")
-# One value for the whole optimizer, although each group carries it.
-_SHARED_OPTIONS = ("max_grad_norm", "skip_nonfinite", "adaptive_lr")
-_NUMBERS = (
-    *("lr", "weight_decay", "eps", "momentum", "dampening"),
-    *("max_grad_norm", "ema_decay", "trust_clip"),
-)
-# Options by which the states of other algorithms are known.
-_ALGORITHM_OPTIONS = {
-    *("betas", "eps", "amsgrad", "momentum", "dampening", "nesterov", "alpha", "centered", "rho"),
-    *("momentum_decay", "bias_correction", "grad_averaging", "trust_clip", "always_adapt"),
-    *("lambd", "t0", "etas", "step_sizes", "lr_decay", "ns_steps", "num_samples"),
-}
-# What a loaded state can switch off; torch lets the saved options win, too, but has none of these.
-_FEATURES = ("max_grad_norm", "warmup_steps", "ema_decay", "cautious", "adaptive_lr")
-_NOT_SUPPORTED = (
-    ("foreach", "leave it out: one launch needs no lists"),
-    ("capturable", "a step cannot be captured in a CUDA graph yet"),
-    ("differentiable", "use torch.optim to differentiate through a step"),
-)
-
-_SCALARS = ("step", "d", "d_numerator")
 _FLOATS = {torch.float32, torch.bfloat16, torch.float16}
 _grad = attrgetter("grad")
 _params = itemgetter("params")
@@ -94,36 +84,7 @@ class FusedOptimizer(Optimizer):
 
     def _check(self, group: Group) -> None:
         """Raise TypeError or ValueError for hyper-parameters of a wrong kind or out of range."""
-        for key in _NUMBERS:
-            if isinstance(group.get(key), str | bool):
-                raise TypeError(
-                    f"{key}={group[key]!r} is a {type(group[key]).__name__}, not a number"
-                )
-        lr = group["lr"]
-        if isinstance(lr, Tensor) and lr.numel() != 1:
-            raise ValueError(f"Tensor lr must be 1-element, got shape {tuple(lr.shape)}")
-        if not lr >= 0.0:
-            raise ValueError(f"Invalid learning rate: {lr}; it must be at least 0")
-        if not group["weight_decay"] >= 0.0:
-            raise ValueError(
-                f"Invalid weight_decay value: {group['weight_decay']}; it must be at least 0"
-            )
-        warmup = group["warmup_steps"]
-        if isinstance(warmup, bool) or not isinstance(warmup, int) or warmup < 0:
-            raise ValueError(f"warmup_steps={warmup!r} must be an integer of at least 0")
-        max_norm = group["max_grad_norm"]
-        if max_norm is not None and not max_norm > 0.0:
-            raise ValueError(
-                f"max_grad_norm={max_norm} must be above 0; math.inf measures without clipping, "
-                "None does neither"
-            )
-        if group.get("foreach") and group["fused"]:
-            raise RuntimeError("`fused` and `foreach` cannot be `True` together.")
-        for option, instead in _NOT_SUPPORTED:
-            if group.get(option):
-                raise ValueError(
-                    f"{option}=True is not supported by {type(self).__name__}; {instead}"
-                )
+        check_common(type(self).__name__, group)
 
     def _slots(self, group: Group) -> tuple[str, ...]:
         """Names of the state tensors that have the shape of the parameter."""
@@ -195,28 +156,13 @@ class FusedOptimizer(Optimizer):
             ValueError: An option is unknown or out of range.
         """
         if isinstance(param_group, dict):
-            known = {*self.defaults, *_FOREIGN}
-            for key in param_group:
-                if key not in known and not key.startswith("_"):
-                    close = difflib.get_close_matches(key, known, n=1)
-                    hint = f"did you mean {close[0]!r}? " if close else ""
-                    raise ValueError(
-                        f"unknown option {key!r} in a parameter group of {type(self).__name__}; "
-                        f"{hint}Options are {', '.join(sorted(self.defaults))}; "
-                        "notes of your own may be called 'name' or start with an underscore"
-                    )
+            check_known(type(self).__name__, self.defaults, param_group)
             for key, value in param_group.items():
                 if isinstance(value, list) and key not in ("params", "param_names"):
                     param_group[key] = tuple(value)  # a list could be changed without our notice
             full = {**self.defaults, **param_group}
             self._check(full)
-            for key in _SHARED_OPTIONS:
-                if key in full and any(group[key] != full[key] for group in self.param_groups):
-                    raise ValueError(
-                        f"{key}={full[key]!r} in a parameter group, "
-                        f"{self.param_groups[0][key]!r} in others; it holds for the whole "
-                        "optimizer: set it there"
-                    )
+            check_joins(full, self.param_groups)
         super().add_param_group(param_group)
         _drop_duplicates(self.param_groups[-1])
         self._plan = None
@@ -225,7 +171,7 @@ class FusedOptimizer(Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         state = self.state.__class__(dict)
-        state.update(_with_own_scalars(self.state))
+        state.update(with_own_scalars(self.state))
         return {**super().__getstate__(), "state": state}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -242,7 +188,7 @@ class FusedOptimizer(Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """Return state and groups as ``torch.optim`` does, with copies of the step counters."""
         state_dict = super().state_dict()
-        return {**state_dict, "state": _with_own_scalars(state_dict["state"])}
+        return {**state_dict, "state": with_own_scalars(state_dict["state"])}
 
     @torch._disable_dynamo
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -285,20 +231,8 @@ class FusedOptimizer(Optimizer):
                 if isinstance(value, list) and isinstance(own.get(key), tuple)
             }
             saved = {**saved, **fixed}
-            foreign = sorted(_ALGORITHM_OPTIONS & saved.keys() - self.defaults.keys())
-            if foreign:
-                raise ValueError(
-                    f"the loaded state has the option {foreign[0]!r}, which {type(self).__name__} "
-                    "does not know: it was saved by another kind of optimizer; load it there, or "
-                    "convert it with state_from(..., target=optimizer)"
-                )
-            off = [key for key in _FEATURES if own.get(key) and key in saved and not saved[key]]
-            if off:
-                warnings.warn(
-                    f"the loaded state switches {off[0]} off: {own[off[0]]!r} here, "
-                    f"{saved[off[0]]!r} there; set it in param_groups after loading to keep it",
-                    stacklevel=3,
-                )
+            check_algorithm(type(self).__name__, self.defaults, saved)
+            say_what_goes_off(own, saved)
             groups.append({**self.defaults, **own, **saved, **kept, "torsh_version": FORMAT})
             self._check(groups[-1])
         loaded_of = {
@@ -392,16 +326,10 @@ class FusedOptimizer(Optimizer):
                 raise AssertionError("a new plan does not fit its own tensors")
         if changed:
             self._options = options
-            self._options_can_change = any(map(_can_change, chain.from_iterable(options)))
+            self._options_can_change = any(map(can_change, chain.from_iterable(options)))
 
     def _check_shared(self, groups: list[Group]) -> None:
-        for key in _SHARED_OPTIONS:
-            values = [group[key] for group in groups if key in group]
-            if any(value != values[0] for value in values):
-                raise ValueError(
-                    f"{key} differs between parameter groups: {values}; it holds for the whole "
-                    "optimizer: set it in all of them"
-                )
+        check_shared(groups)
 
     def _kinds_of(self, groups: list[Group]) -> list[Any]:
         """What of the options decides between buckets and between kernels."""
@@ -428,7 +356,7 @@ class FusedOptimizer(Optimizer):
         check_apart([local(param) for param in params])
         controls = lead.get("max_grad_norm") is not None or bool(lead.get("adaptive_lr"))
         shares = any(map(self._wants_sums, self.param_groups))
-        if (controls or shares) and any(map(_is_flat, params)):
+        if (controls or shares) and any(map(is_flat, params)):
             raise RuntimeError(
                 f"{type(self).__name__} needs norms of whole gradients or tensors here, which the "
                 "flat parameters of FullyShardedDataParallel hide; use "
@@ -661,43 +589,6 @@ class FusedOptimizer(Optimizer):
                 rate *= float(states[0]["d"]) if states else D0
             rates.append(rate)
         return rates
-
-
-def ramp(group: Group, step: float) -> float:
-    """Factor of the learning rate while it warms up: 1 / n, 2 / n, ... 1."""
-    warmup: int = group["warmup_steps"]
-    return step / warmup if step < warmup else 1.0
-
-
-def sign(group: Group) -> float:
-    """Factor of the gradient: -1 to go up."""
-    return -1.0 if group["maximize"] else 1.0
-
-
-def _is_flat(param: Tensor) -> bool:
-    """Whether a parameter is a part of a flat one, spread over processes without a DTensor."""
-    flat = getattr(param, "_is_flat_param", False) or getattr(param, "_fsdp_flattened", False)
-    return bool(flat) and torch.distributed.get_world_size() > 1
-
-
-def _can_change(value: Any) -> bool:
-    """Whether an option can change and remain the same object."""
-    if isinstance(value, tuple):
-        return any(isinstance(part, Tensor) for part in value)
-    return isinstance(value, Tensor) or type(value) is list
-
-
-def _with_own_scalars(state: Mapping[Any, Any]) -> dict[Any, Any]:
-    """Copy the 0-d tensors: pickled, each view would take the storage of all with it."""
-    return {
-        key: {
-            name: value.clone() if name in _SCALARS and isinstance(value, Tensor) else value
-            for name, value in values.items()
-        }
-        if isinstance(values, dict)
-        else values
-        for key, values in state.items()
-    }
 
 
 def _interpreting() -> bool:

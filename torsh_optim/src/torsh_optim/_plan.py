@@ -13,9 +13,8 @@ from torch.autograd.graph import increment_version
 
 from torsh_optim._control import Control, Scaler
 from torsh_optim._layout import Layout
+from torsh_optim._options import Group
 from torsh_optim._shards import Axes, Spread, is_spread, local
-
-Group = dict[str, Any]
 
 _present = partial(is_not, None)
 

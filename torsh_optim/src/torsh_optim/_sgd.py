@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from torsh_optim._checkpoint import FORMAT
-from torsh_optim._optimizer import FusedOptimizer, ParamsT, ramp, sign
+from torsh_optim._optimizer import FusedOptimizer, ParamsT
+from torsh_optim._options import ramp, sign
 from torsh_optim._plan import Batch, Group
 from torsh_optim._reference import chunks, sgd_
 

@@ -23,6 +23,12 @@ def is_spread(tensor: Tensor) -> bool:
     return hasattr(tensor, "_local_tensor")
 
 
+def is_flat(param: Tensor) -> bool:
+    """Whether a parameter is a part of a flat one, spread over processes without a DTensor."""
+    flat = getattr(param, "_is_flat_param", False) or getattr(param, "_fsdp_flattened", False)
+    return bool(flat) and torch.distributed.get_world_size() > 1
+
+
 @dataclass(frozen=True)
 class Axes:
     """Dimensions of a device mesh over which tensors are cut.
