@@ -6,6 +6,7 @@ from types import TracebackType
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.modules import module
 from torch.nn.modules.module import register_module_forward_hook
 from torch.utils.hooks import RemovableHandle
 
@@ -52,22 +53,24 @@ class LinearCalls:
     ) -> None:
         if self._handle is not None:
             self._handle.remove()
+            # which torch's handle forgets: torch.compile warns of any entry
+            module._global_forward_hooks_with_kwargs.pop(self._handle.id, None)
 
     def _see(
-        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+        self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> None:
-        owned = [id(p) for p in module._parameters.values() if id(p) in self._params]
+        owned = [id(p) for p in layer._parameters.values() if id(p) in self._params]
         if not owned:
             return
-        name = type(module).__name__
+        name = type(layer).__name__
         for number in owned:
-            if self._owner.setdefault(number, module) is not module:
+            if self._owner.setdefault(number, layer) is not layer:
                 self._foreign.append(f"a parameter is shared by two modules, the second a {name}")
-        if not isinstance(module, nn.Linear) or type(module).forward is not nn.Linear.forward:
+        if not isinstance(layer, nn.Linear) or type(layer).forward is not nn.Linear.forward:
             self._foreign.append(f"a parameter belongs to a {name}, which is no nn.Linear")
         elif isinstance(output, Tensor) and output.requires_grad:
             source: Tensor = args[0] if args else kwargs["input"]
-            call = LinearCall(module, source.detach(), not source.requires_grad)
+            call = LinearCall(layer, source.detach(), not source.requires_grad)
             output.register_hook(call._record)
             self.calls.append(call)
 
