@@ -27,6 +27,7 @@ POINTERS = {
     "control": "*fp32",
     "partials": "*fp32",
 }
+FACTORS = {"ramp": "fp32", "factor1": "fp32", "factor2": "fp32"}
 # name: rule, states used, coupled, cautious, controlled, partial sums, loads and stores per element
 KINDS = {
     "adamw": ("adam", 0b000011, False, False, False, 0, 4, 3),
@@ -99,7 +100,7 @@ def compiled(name: str, dtype: tl.dtype) -> dict[str, Any]:
     constants |= {"BLOCK": block, "TAIL": _kernels.TAIL}
     source = ASTSource(
         fn=_kernels.update,
-        signature=POINTERS | dict.fromkeys(constants, "constexpr"),
+        signature=POINTERS | FACTORS | dict.fromkeys(constants, "constexpr"),
         constexprs=constants,
         attrs={(i,): [["tt.divisibility", 16]] for i in range(len(POINTERS))},
     )

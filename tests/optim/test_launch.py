@@ -40,7 +40,7 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     def counted(start: Any) -> None:
         name = start._kernel.__name__
-        rules = [arg for arg in start._args if isinstance(arg, str)]
+        rules = [arg for arg in start.args if isinstance(arg, str)]
         names.append(":".join([name, *rules]))
         call(start)
 

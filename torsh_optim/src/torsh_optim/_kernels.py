@@ -42,7 +42,9 @@ def _adam(
     offsets: tl.tensor,
     mask: tl.tensor,
     constants: tl.tensor,
-    factors: tl.tensor,
+    ramp: tl.tensor,
+    inv_bias1: tl.tensor,
+    inv_sqrt_bias2: tl.tensor,
     sums: tl.tensor,
     coefficient: tl.tensor,
     control: tl.tensor,
@@ -52,13 +54,11 @@ def _adam(
     EMA: tl.constexpr,
     ADAPTIVE: tl.constexpr,
 ):
-    lr = tl.load(constants) * tl.load(factors)
+    lr = tl.load(constants) * ramp
     decay = tl.load(constants + 2)
     w1 = tl.load(constants + 4)
     w2 = tl.load(constants + 5)
     eps = tl.load(constants + 6)
-    inv_bias1 = tl.load(factors + 1)
-    inv_sqrt_bias2 = tl.load(factors + 2)
     first = 0.0
     second = 0.0
 
@@ -138,10 +138,10 @@ def _lion(
     offsets: tl.tensor,
     mask: tl.tensor,
     constants: tl.tensor,
-    factors: tl.tensor,
+    ramp: tl.tensor,
     coefficient: tl.tensor,
 ):
-    lr = tl.load(constants) * tl.load(factors)
+    lr = tl.load(constants) * ramp
     p = tl.load(p_ptr + offsets, mask=mask).to(tl.float32)
     g = tl.load(g_ptr + offsets, mask=mask).to(tl.float32) * coefficient
     m = tl.load(m_ptr + offsets, mask=mask).to(tl.float32)
@@ -165,12 +165,13 @@ def _sgd(
     offsets: tl.tensor,
     mask: tl.tensor,
     constants: tl.tensor,
-    factors: tl.tensor,
+    ramp: tl.tensor,
+    g_weight: tl.tensor,
     coefficient: tl.tensor,
     COUPLED: tl.constexpr,
     MOMENTUM: tl.constexpr,
 ):
-    lr = tl.load(constants) * tl.load(factors)
+    lr = tl.load(constants) * ramp
     p = tl.load(p_ptr + offsets, mask=mask).to(tl.float32)
     g = tl.load(g_ptr + offsets, mask=mask).to(tl.float32) * coefficient
     if COUPLED:
@@ -179,7 +180,7 @@ def _sgd(
     if MOMENTUM:
         m = tl.load(m_ptr + offsets, mask=mask & (offsets < m_end), other=0.0).to(tl.float32)
         momentum = tl.load(constants + 4)
-        m = momentum * m + tl.load(factors + 1) * g
+        m = momentum * m + g_weight * g
         tl.store(m_ptr + offsets, m, mask=mask & (offsets < m_end))
         nesterov = tl.load(constants + 5)  # 1 with, 0 without; a group without momentum keeps g
         move = tl.where(m_end > 0, tl.where(nesterov != 0.0, g + momentum * m, m), g)
@@ -196,7 +197,8 @@ def _lamb_moments(
     offsets: tl.tensor,
     mask: tl.tensor,
     constants: tl.tensor,
-    factors: tl.tensor,
+    inv_bias1: tl.tensor,
+    inv_sqrt_bias2: tl.tensor,
     coefficient: tl.tensor,
     M: tl.constexpr,
     V: tl.constexpr,
@@ -214,8 +216,8 @@ def _lamb_moments(
     # what the second pass will read
     m = m.to(M).to(tl.float32)
     v = v.to(V).to(tl.float32)
-    root = tl.sqrt(v) * tl.load(factors + 2) + tl.load(constants + 6)
-    u = tl.load(factors + 1) * m / root + tl.load(constants + 2) * p
+    root = tl.sqrt(v) * inv_sqrt_bias2 + tl.load(constants + 6)
+    u = inv_bias1 * m / root + tl.load(constants + 2) * p
     return tl.sum(tl.where(mask, p * p, 0.0)), tl.sum(tl.where(mask, u * u, 0.0))
 
 
@@ -227,10 +229,12 @@ def _lamb(
     offsets: tl.tensor,
     mask: tl.tensor,
     constants: tl.tensor,
-    factors: tl.tensor,
+    ramp: tl.tensor,
+    inv_bias1: tl.tensor,
+    inv_sqrt_bias2: tl.tensor,
     sums: tl.tensor,
 ):
-    lr = tl.load(constants) * tl.load(factors)
+    lr = tl.load(constants) * ramp
     p_norm = tl.sqrt(tl.load(sums))
     u_norm = tl.sqrt(tl.load(sums + 1))
     trust = tl.where(u_norm > 0.0, p_norm / tl.where(u_norm > 0.0, u_norm, 1.0), 1.0)
@@ -240,8 +244,8 @@ def _lamb(
     p = tl.load(p_ptr + offsets, mask=mask).to(tl.float32)
     m = tl.load(m_ptr + offsets, mask=mask).to(tl.float32)
     v = tl.load(v_ptr + offsets, mask=mask).to(tl.float32)
-    root = tl.sqrt(v) * tl.load(factors + 2) + tl.load(constants + 6)
-    u = tl.load(factors + 1) * m / root + tl.load(constants + 2) * p
+    root = tl.sqrt(v) * inv_sqrt_bias2 + tl.load(constants + 6)
+    u = inv_bias1 * m / root + tl.load(constants + 2) * p
     tl.store(p_ptr + offsets, p - lr * trust * u, mask=mask)
     return 0.0, 0.0
 
@@ -268,6 +272,10 @@ def _rule(
     mask: tl.tensor,
     constants: tl.tensor,
     factors: tl.tensor,
+    listed: tl.tensor,
+    ramp: tl.tensor,
+    factor1: tl.tensor,
+    factor2: tl.tensor,
     sums: tl.tensor,
     coefficient: tl.tensor,
     control: tl.tensor,
@@ -278,27 +286,33 @@ def _rule(
     CAUTIOUS: tl.constexpr,
     USED: tl.constexpr,
 ):
+    ramp = tl.load(factors, mask=listed, other=ramp)
+    factor1 = tl.load(factors + 1, mask=listed, other=factor1)
+    factor2 = tl.load(factors + 2, mask=listed, other=factor2)
     if RULE == "adam":
         sums_of_block = _adam(
             p_ptr, g_ptr, s0_ptr, s1_ptr, s2_ptr, s3_ptr, s4_ptr, s5_ptr, end2, end3,
-            offsets, mask, constants, factors, sums, coefficient, control, COUPLED, CAUTIOUS,
-            USED // 4 % 2 == 1, USED // 8 % 2 == 1, USED // 16 % 2 == 1,
+            offsets, mask, constants, ramp, factor1, factor2, sums, coefficient, control,
+            COUPLED, CAUTIOUS, USED // 4 % 2 == 1, USED // 8 % 2 == 1, USED // 16 % 2 == 1,
         )  # fmt: skip
     elif RULE == "agree":
         sums_of_block = _agree(p_ptr, g_ptr, s0_ptr, offsets, mask, constants, coefficient, COUPLED)
     elif RULE == "lion":
-        sums_of_block = _lion(p_ptr, g_ptr, s0_ptr, offsets, mask, constants, factors, coefficient)
+        sums_of_block = _lion(p_ptr, g_ptr, s0_ptr, offsets, mask, constants, ramp, coefficient)
     elif RULE == "sgd":
         sums_of_block = _sgd(
-            p_ptr, g_ptr, s0_ptr, end0, offsets, mask, constants, factors, coefficient,
+            p_ptr, g_ptr, s0_ptr, end0, offsets, mask, constants, ramp, factor1, coefficient,
             COUPLED, USED % 2 == 1,
         )  # fmt: skip
     elif RULE == "lamb_moments":
         sums_of_block = _lamb_moments(
-            p_ptr, g_ptr, s0_ptr, s1_ptr, offsets, mask, constants, factors, coefficient, S0, S1
-        )
+            p_ptr, g_ptr, s0_ptr, s1_ptr, offsets, mask, constants, factor1, factor2, coefficient,
+            S0, S1,
+        )  # fmt: skip
     elif RULE == "lamb":
-        sums_of_block = _lamb(p_ptr, s0_ptr, s1_ptr, offsets, mask, constants, factors, sums)
+        sums_of_block = _lamb(
+            p_ptr, s0_ptr, s1_ptr, offsets, mask, constants, ramp, factor1, factor2, sums
+        )
     else:
         tl.static_assert(RULE == "norm")
         g = tl.load(g_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
@@ -316,6 +330,9 @@ def update(
     sums: tl.tensor,
     control: tl.tensor,
     partials: tl.tensor,
+    ramp: tl.tensor,
+    factor1: tl.tensor,
+    factor2: tl.tensor,
     P: tl.constexpr,
     G: tl.constexpr,
     S0: tl.constexpr,
@@ -338,7 +355,8 @@ def update(
     Args:
         table: int64 ``(tensors, 10)``: addresses of the parameter and of six states (0 means none),
             number of elements, row in ``constants``, first program.
-        entries: int64 ``(tensors, 2)``: address of the gradient (0 means none), row in ``factors``.
+        entries: int64 ``(tensors, 2)``: address of the gradient (0 means none), and row in
+            ``factors``, or -1 for ``ramp``, ``factor1`` and ``factor2``.
         constants: float32 ``(groups, 12)``: learning rate, sign of the gradient, decoupled decay,
             coupled decay, and what the rule defines.
         factors: float32 ``(rows, 4)``: warm-up, and what the rule defines for the step.
@@ -346,6 +364,9 @@ def update(
         sums: float32 ``(tensors, 2)``: what ``tensor_sums`` made of an earlier pass.
         control: float32 ``(12,)``: as in ``_control.Control``; only read if CONTROLLED.
         partials: float32 ``(programs, PARTIALS)``: written if PARTIALS is not 0.
+        ramp: Warm-up of all tensors without a row in ``factors``.
+        factor1: What the rule defines for the step, of these.
+        factor2: Likewise.
         P: Element type of the parameters.
         G: Element type of the gradients.
         S0: Element type of the first state.
@@ -387,7 +408,9 @@ def update(
         a5 = tl.load(row + 6)
         n = tl.minimum(tl.load(row + 7) - base, BLOCK).to(tl.int32)
         constants += CONSTANTS * tl.load(row + 8)
-        factors += FACTORS * tl.load(entries + 2 * tensor + 1)
+        factor_row = tl.load(entries + 2 * tensor + 1)
+        factors += FACTORS * factor_row
+        listed = factor_row >= 0
         sums += 2 * tensor
         coefficient *= tl.load(constants + 1)
 
@@ -418,8 +441,8 @@ def update(
                 tl.multiple_of(s2_ptr, 16), tl.multiple_of(s3_ptr, 16),
                 tl.multiple_of(s4_ptr, 16), tl.multiple_of(s5_ptr, 16),
                 end0, end2, end3,
-                offsets, offsets < start, constants, factors, sums, coefficient, control,
-                S0, S1, RULE, COUPLED, CAUTIOUS, USED,
+                offsets, offsets < start, constants, factors, listed, ramp, factor1, factor2, sums,
+                coefficient, control, S0, S1, RULE, COUPLED, CAUTIOUS, USED,
             )  # fmt: skip
             first += more
             second += other
@@ -431,8 +454,8 @@ def update(
                 more, other = _rule(
                     p_ptr, g_ptr, s0_ptr, s1_ptr, s2_ptr, s3_ptr, s4_ptr, s5_ptr,
                     end0, end2, end3,
-                    rest, (rest >= start) & (rest < n), constants, factors, sums, coefficient,
-                    control, S0, S1, RULE, COUPLED, CAUTIOUS, USED,
+                    rest, (rest >= start) & (rest < n), constants, factors, listed, ramp, factor1,
+                    factor2, sums, coefficient, control, S0, S1, RULE, COUPLED, CAUTIOUS, USED,
                 )  # fmt: skip
                 first += more
                 second += other

@@ -10,6 +10,7 @@ import torch
 import triton.language as tl
 from torch import Tensor
 from torch.autograd.graph import increment_version
+from triton.runtime import driver
 
 from torsh_optim import _kernels
 from torsh_optim._control import D0, Control
@@ -22,7 +23,10 @@ _WORDS, _CONSTANTS, _FACTORS, _EXPONENTS = (
 _STATES, _ELEMENTS, _GROUP, _FIRST = 1, 7, 8, 9
 _AT_CONSTANTS, _AT_EXPONENTS, _AT_ENTRIES, _AT_FACTORS = range(1, 5)
 _SLOTS = 6
+_NUMBERS = {float, int}
 _RING = 4  # how many steps the host may be ahead of the device before it waits
+_ARGUMENTS = -1  # in place of a row of factors: they are arguments of the launch
+_FACTOR_ARGUMENTS = slice(8, 11)
 _CHUNK = 1024  # numbers that a reducing kernel takes at once
 
 
@@ -57,7 +61,9 @@ class LaunchBucket(Bucket):
     - exponents, ``(groups, 4)`` float64: what the device needs to make the factors itself;
     - entries, ``(tensors, 2)`` int64: address of the gradient, row of factors;
     - factors, ``(rows, 4)`` float32: what changes in every step. Groups whose factors are equal
-      share a row. With ``control`` the device counts the steps and writes the factors itself.
+      share a row. Where all tensors would share one, they are arguments of the launch instead, so
+      that a step at an unchanged learning rate sends nothing. With ``control`` the device counts
+      the steps and writes the factors itself.
 
     The block map, ``(programs, 2)`` int32, gives each program a tensor and a block inside it.
 
@@ -136,6 +142,8 @@ class LaunchBucket(Bucket):
         self._rates: list[Any] = []
         self._device_rates: list[tuple[int, Tensor]] = []
         self._kinds: list[int] = []  # for each parameter, the first group with equal factors
+        self._distinct: list[int] = []  # these groups, once each
+        self._even_rows: list[int] = []  # rows of factors while all steps are equal
 
     def _make_starts(self, members: Members, control: Control | None) -> None:
         """Prepare the launches: all that is passed to them stays where it is."""
@@ -164,13 +172,16 @@ class LaunchBucket(Bucket):
         if control is not None:
             factors = torch.zeros(count * _FACTORS, **new)
 
+        self._updates: list[_Start] = []  # the launches of ``update`` that take factors
+
         def start(rule: str, partials: int, *, controlled: bool = control is not None) -> _Start:
-            return _Start(
+            launch = _Start(
                 _kernels.update,
                 programs,
                 [
                     *(self._table, self._entries, self._constants, factors, self._blocks),
                     *(self._sums, self._values if controlled else nothing, self._partials),
+                    *(1.0, 0.0, 0.0),
                     *(elements[name] for name in names),
                     *(rule, used, self._coupled, self._cautious and rule == "adam"),
                     *(controlled, partials, _kernels.BLOCK, _kernels.TAIL),
@@ -178,9 +189,11 @@ class LaunchBucket(Bucket):
                 num_warps=_kernels.NUM_WARPS,
                 maxnreg=_kernels.registers(used, cautious=self._cautious),
             )
+            self._updates.append(launch)
+            return launch
 
-        self._measures: list[Callable[[], None]] = []
-        self._starts: list[Callable[[], None]] = []
+        self._measures: list[_Start] = []
+        self._starts: list[_Start] = []
         first = "lamb_moments" if lamb else "agree" if self._cautious else ""
         if first:
             self._measures.append(start(first, 2))
@@ -198,7 +211,7 @@ class LaunchBucket(Bucket):
         self._estimates = torch.zeros(2, dtype=torch.float64, device=self.device)
         args = [
             *(self._table, self._entries, self._constants, factors, self._norm_blocks),
-            *(self._sums, nothing, self._norm_partials),
+            *(self._sums, nothing, self._norm_partials, 1.0, 0.0, 0.0),
             *(elements[name] for name in names),
             *("norm", 0, False, False, False, 1, _kernels.NORM_BLOCK, _kernels.TAIL),
         ]
@@ -237,7 +250,6 @@ class LaunchBucket(Bucket):
         with self._here():
             for start in self._starts:
                 start()
-            self._sender.mark()
         # the kernel knows addresses only: without this a graph that saved a parameter would not
         # notice that its value has changed
         written = self.params
@@ -269,14 +281,17 @@ class LaunchBucket(Bucket):
                 for group, number in zip(groups, self._rows_of, strict=True)
             ]
             self._kinds = [kinds[row] for row in self._row_of]
+            self._distinct = list(dict.fromkeys(self._kinds))
+            rows = {kind: row for row, kind in enumerate(self._distinct)}
+            alone = len(rows) == 1
+            self._even_rows = [_ARGUMENTS if alone else rows[kind] for kind in self._kinds]
             self._rates = []
-            self._keys = []
             if self._controlled:
                 self._host_exponents.copy_(_rows(map(self._rule._exponents, groups), _EXPONENTS))
         rates = hypers.rates
         if len(self._rows_of) != len(rates):
             rates = [rates[number] for number in self._rows_of]
-        if any(map(_is_tensor, rates)):
+        if not _NUMBERS.issuperset(map(type, rates)):
             pairs = enumerate(rates)
             self._device_rates = [(i, r) for i, r in pairs if _is_tensor(r) and not r.is_cpu]
             rates = [float(r) if not _is_tensor(r) or r.is_cpu else 0.0 for r in rates]
@@ -313,14 +328,8 @@ class LaunchBucket(Bucket):
                 self._dirty = min(self._dirty, _AT_ENTRIES)
             return
         if complete and steps.count(steps[0]) == len(steps):
-            if self._keys and self._uniform:
-                keys = [(kind, steps[0]) for kind, _ in self._keys]
-                rows = self._factor_rows
-            else:
-                kinds = {kind: row for row, kind in enumerate(dict.fromkeys(self._kinds))}
-                keys = [(kind, steps[0]) for kind in kinds]
-                rows = [kinds[kind] for kind in self._kinds]
-            self._uniform = True
+            rows = self._even_rows
+            keys = [(kind, steps[0]) for kind in self._distinct]
         else:
             numbers: dict[tuple[int, float], int] = {}
             rows = [
@@ -328,21 +337,19 @@ class LaunchBucket(Bucket):
                 for grad, kind, step in zip(grads, self._kinds, steps, strict=True)
             ]
             keys = list(numbers)
-            self._uniform = False
         if rows is not self._factor_rows and rows != self._factor_rows:
             self._host_entries[:, 1] = _words(rows)
             self._dirty = min(self._dirty, _AT_ENTRIES)
         self._factor_rows, self._keys = rows, keys
-        numbers_of = self._rule._factors
-        values = array(
-            "f",
-            chain.from_iterable(numbers_of(hypers.groups[kind], step) for kind, step in keys),
-        )
-        if values:
+        factors = [self._rule._factors(hypers.groups[kind], step) for kind, step in keys]
+        if rows and rows[0] == _ARGUMENTS:
+            for start in self._updates:
+                start.args[_FACTOR_ARGUMENTS] = factors[0][:3]
+        elif factors:
+            values = array("f", chain.from_iterable(factors))
             self._host_factors[: len(values)] = torch.frombuffer(values, dtype=torch.float32)
-        self._used += (len(values) + 1) // 2
+            self._used += (len(values) + 1) // 2
 
-    _uniform = False
     _complete = False
     _used = 0
 
@@ -351,7 +358,7 @@ class LaunchBucket(Bucket):
 
 
 class _Start:
-    """A launch with arguments that stay the same.
+    """A launch with arguments that stay the same, but for numbers among ``args``.
 
     The first goes through Triton's dispatcher, which compiles the kernel; the others start the
     compiled kernel, which saves about half of the host's time.
@@ -360,16 +367,16 @@ class _Start:
     def __init__(self, kernel: Any, programs: int, args: list[Any], **options: Any) -> None:
         self._kernel = kernel
         self._programs = programs
-        self._args = args
+        self.args = args
         self._options = options
         self._again: Callable[..., None] | None = None
 
     def __call__(self) -> None:
         if self._again is not None:
-            self._again(*self._args)
+            self._again(*self.args)
         elif self._programs:
             grid = (self._programs, 1, 1)
-            compiled = self._kernel[grid](*self._args, **self._options)
+            compiled = self._kernel[grid](*self.args, **self._options)
             if compiled is not None:  # the interpreter has nothing to give
                 self._again = compiled[grid]
 
@@ -434,15 +441,12 @@ class _Sender:
         if first < last:
             self.sent[first:last].copy_(self._host[first:last])
 
-    def mark(self) -> None:
-        """Note that all work which needs the last copy has been queued."""
-
 
 class _Ring(_Sender):
     """Copies to the device without waiting, through a ring of pinned buffers.
 
-    A buffer is written again only after the launches that needed its copy have finished, so neither
-    the buffer nor the device's table is overwritten while it is still in use.
+    A buffer is written again only after its copy has finished. The launches and copies of a stream
+    follow each other; after a change of streams the new one waits for the old one.
     """
 
     def __init__(self, host: Tensor, device: torch.device) -> None:
@@ -452,25 +456,28 @@ class _Ring(_Sender):
         self._turn = 0
         self._device = device
         self._stream: torch.cuda.Stream | None = None
+        self._handle: int | None = None
         self.buffers.append(self.sent)
 
     def send(self, first: int, last: int) -> None:
+        handle = driver.active.get_current_stream(self._device.index)
+        if handle != self._handle:
+            self._change_stream()
+            self._handle = handle
+        if first >= last:
+            return
+        done = self._done[self._turn]
+        done.synchronize()
+        pinned = self._ring[self._turn][first:last]
+        pinned.copy_(self._host[first:last])
+        self.sent[first:last].copy_(pinned, non_blocking=True)
+        done.record(self._stream)
+        self._turn = (self._turn + 1) % _RING
+
+    def _change_stream(self) -> None:
         stream = torch.cuda.current_stream(self._device)
-        if self._stream is not None and stream != self._stream:
-            stream.wait_event(self._done[self._turn - 1])  # the last launch may still read `sent`
-            for (
-                buffer
-            ) in self.buffers:  # freed with the plan, they must not be used again too early
+        if self._stream is not None:
+            stream.wait_stream(self._stream)  # its last launch may still read `sent`
+            for buffer in self.buffers:  # freed with the plan, but not used again too early
                 buffer.record_stream(stream)
         self._stream = stream
-        self._done[self._turn].synchronize()
-        if first < last:
-            pinned = self._ring[self._turn][first:last]
-            pinned.copy_(self._host[first:last])
-            self.sent[first:last].copy_(pinned, non_blocking=True)
-            # should the launch fail, the next step must not write what is still being copied
-            self._done[self._turn].record(stream)
-
-    def mark(self) -> None:
-        self._done[self._turn].record(self._stream)
-        self._turn = (self._turn + 1) % _RING
