@@ -41,6 +41,8 @@ Implementation = Literal["cpu-fused", "cpu-chunked", "triton", "reference"]
 
 # How to compute, not what: an optimizer keeps its own when it loads a state.
 _OWN_OPTIONS = ("foreach", "capturable", "differentiable", "fused")
+# Options that a step does not compare with those of the last one: read anew, or without effect.
+_UNREAD = {"lr", "foreach", "capturable", "differentiable"}
 _FLOATS = {torch.float32, torch.bfloat16, torch.float16}
 _grad = attrgetter("grad")
 _params = itemgetter("params")
@@ -304,7 +306,7 @@ class FusedOptimizer(Optimizer):
         grads: list[Tensor | None] = list(map(_grad, params))
         sizes = list(map(len, map(_params, groups)))
         if self._options_of is None:
-            self._options_of = itemgetter(*(key for key in self.defaults if key != "lr"))
+            self._options_of = itemgetter(*(key for key in self.defaults if key not in _UNREAD))
         options = list(map(self._options_of, groups))
         changed = options != self._options
         if changed or (groups and groups[0].get("adaptive_lr")):
