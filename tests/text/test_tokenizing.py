@@ -1,3 +1,5 @@
+from itertools import pairwise
+
 import numpy as np
 import pytest
 from transformers import AutoTokenizer, ByT5Tokenizer
@@ -28,12 +30,12 @@ def test_same_ids_as_transformers(minilm_path, stsb):
     assert _rows(found) == tokenizer(texts, padding=False, truncation=False)["input_ids"]
 
 
-def test_take_gathers_rows_in_any_order():
+def test_batch_gathers_rows_in_any_order():
     found = RowTokenizer(make_tokenizer(), max_length=50).rows(random_texts([3, 0, 7, 1]))
-    ids, lengths = found.take(np.array([2, 0, 3]))
+    batch = found.batch(np.array([2, 0, 3]))
     rows = _rows(found)
-    assert ids.tolist() == rows[2] + rows[0] + rows[3]
-    assert lengths.tolist() == [9, 5, 3]
+    assert batch.input_ids.tolist() == [rows[2] + rows[0] + rows[3]]
+    assert batch.lengths == (9, 5, 3)
 
 
 def test_mean_keeps_every_token():
@@ -90,3 +92,53 @@ def test_refuses_what_is_no_string(bad):
 def test_refuses_a_bare_string(bad):
     with pytest.raises(TypeError, match="single string"):
         checked_texts(bad)
+
+
+PAIRS = [("a man eats", "food"), ("", "x"), ("one two three four five six seven", "eight nine")]
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_pairs_are_those_of_transformers(minilm_path, fast):
+    tokenizer = AutoTokenizer.from_pretrained(minilm_path)
+    rows = RowTokenizer(tokenizer, max_length=9)
+    if not fast:
+        rows._fast = None
+    found = rows.rows(PAIRS)
+    expected = tokenizer(
+        [a for a, _ in PAIRS], [b for _, b in PAIRS], truncation="only_first", max_length=9
+    )
+    assert _rows(found) == expected["input_ids"]
+    assert found.types is not None
+    assert found.types.tolist() == [i for row in expected["token_type_ids"] for i in row]
+    assert found.too_long == [2]
+    batch = found.batch(np.array([2, 0]))
+    assert batch.token_type_ids is not None
+    types = expected["token_type_ids"]
+    assert batch.token_type_ids.tolist() == [types[2] + types[0]]
+    padded = batch.padded()
+    assert padded["token_type_ids"][1].tolist() == types[0] + [0] * (9 - len(types[0]))
+    assert batch.cu_seqlens.tolist() == [0, 9, 9 + len(types[0])]
+
+
+def test_second_text_of_a_pair_is_never_cut(minilm_path):
+    rows = RowTokenizer(AutoTokenizer.from_pretrained(minilm_path), max_length=8)
+    with pytest.raises(ValueError, match=r"second text of a pair, 'one two three.*max_length=8"):
+        rows.rows([("a", "one two three four five six")])
+
+
+def test_windows_cover_the_text(minilm_path):
+    text = " ".join(f"word{i}" for i in range(40))
+    rows = RowTokenizer(AutoTokenizer.from_pretrained(minilm_path), max_length=20)
+    windows = rows.windows([text, "short"], stride=6)
+    assert [window.text for window in windows] == [0] * (len(windows) - 1) + [1]
+    assert all(len(window.ids) <= 20 for window in windows)
+    seen = set()
+    for window in windows[:-1]:
+        for (start, end), word in zip(window.offsets, window.words, strict=True):
+            assert (word == -1) == (start == end)
+            seen.update(range(start, end))
+    assert seen == {i for i, char in enumerate(text) if char != " "}
+    for before, after in pairwise(windows[:-1]):
+        assert before.offsets[-7:-1] == after.offsets[1:7]
+    with pytest.raises(ValueError, match="stride=18 is not between 0 and 17"):
+        rows.windows([text], stride=18)

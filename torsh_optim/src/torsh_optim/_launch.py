@@ -460,7 +460,8 @@ class _Ring(_Sender):
         self.buffers.append(self.sent)
 
     def send(self, first: int, last: int) -> None:
-        handle = driver.active.get_current_stream(self._device.index)
+        active: Any = driver.active
+        handle = active.get_current_stream(self._device.index)
         if handle != self._handle:
             self._change_stream()
             self._handle = handle

@@ -247,12 +247,15 @@ def _forward_parameters(model_type: type[nn.Module]) -> frozenset[str]:
 
 def packed_inputs(batch: PackedBatch) -> dict[str, Any]:
     """Keywords with which a transformers model runs a packed batch."""
-    return {
+    inputs = {
         "input_ids": batch.input_ids,
         "position_ids": batch.position_ids.long(),  # some models gather with them
         "attention_mask": torch.ones(1, 1, dtype=torch.bool, device=batch.device),
         "packed": batch,
     }
+    if (types := batch.token_type_ids) is not None:
+        inputs["token_type_ids"] = types.long()
+    return inputs
 
 
 def last_states(backbone: "PreTrainedModel", inputs: dict[str, Any]) -> Tensor:

@@ -1,8 +1,7 @@
 """The encoder: texts or batches in, vectors out."""
 
 import os
-import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, overload
 
@@ -12,30 +11,25 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import _backbone
-from ._attention import AttentionPath, last_states, packed_inputs, packed_path
+from ._attention import last_states
 from ._packing import PackedBatch
 from ._pooling import POOLINGS, Pooling, pool_packed, pool_padded
 from ._runtime import (
-    Budget,
     check_max_tokens,
     check_options,
-    compute_rows,
-    default_max_tokens,
     join_pieces,
     progress_bar,
     tokenized_windows,
 )
 from ._saving import write_model
-from ._selfcheck import adopt_packed_attention, attention_dropout, longest_window
-from ._tokenizing import Long, RowTokenizer, TokenRows, checked_texts, vocabulary
+from ._token_model import Attention, TokenModel
+from ._tokenizing import Long, checked_texts, vocabulary
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-Attention = Literal["auto", "packed", "padded"]
 
-
-class Encoder(nn.Module):
+class Encoder(TokenModel):
     """A transformer that turns texts into vectors, without padding.
 
     As a layer (:meth:`forward`) it maps a batch of tokens to vectors and lets gradients flow. As a
@@ -73,6 +67,8 @@ class Encoder(nn.Module):
         RuntimeError: If ``attn="packed"`` and the model cannot run packed.
     """
 
+    _kind = "encoder"
+
     def __init__(
         self,
         backbone: "PreTrainedModel",
@@ -89,35 +85,21 @@ class Encoder(nn.Module):
         name: str | None = None,
     ) -> None:
         super().__init__()
-        if attn not in ("auto", "packed", "padded"):
-            raise ValueError(f"attn={attn!r} is none of 'auto', 'packed', 'padded'")
         modes = (pooling,) if isinstance(pooling, str) else tuple(pooling)
         if not modes or set(modes) - set(POOLINGS):
             raise ValueError(f"pooling={pooling!r} is none of {', '.join(map(repr, POOLINGS))}")
         self.backbone: PreTrainedModel = backbone
-        self.tokenizer = tokenizer
         self.prompts = dict(prompts or {})
-        self.name = name or type(backbone).__name__
-        self.first_position = _backbone.first_position(backbone)
         self._modes: tuple[str, ...] = tuple(mode for mode in POOLINGS if mode in modes)
         self._normalize = normalize
-        self._lower_case = lower_case
         self._default_prompt = default_prompt
-        self.max_length = _backbone.resolve_max_length(backbone, tokenizer, max_length)
-        text_config = backbone.config.get_text_config()
-        self._dim_in: int = text_config.hidden_size * len(self._modes)
+        self._dim_in: int = backbone.config.get_text_config().hidden_size * len(self._modes)
         layers = list(dense)
         self.dense = nn.ModuleList(layers)
         self.dim: int = layers[-1].linear.out_features if layers else self._dim_in
-        self._head_dim: int = getattr(text_config, "head_dim", None) or (
-            text_config.hidden_size // getattr(text_config, "num_attention_heads", 1)
+        self._read_with(
+            tokenizer, max_length=max_length, lower_case=lower_case, attn=attn, name=name
         )
-        pads = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
-        self._pad_id: int = next(i for i in pads if i is not None)
-        self._budgets: dict[tuple[torch.device, torch.dtype], Budget] = {}
-        self._attn: Attention = attn
-        self._checked: tuple[object, str | None] = (None, None)
-        self._why_padded()
 
     @classmethod
     def from_pretrained(
@@ -286,12 +268,8 @@ class Encoder(nn.Module):
                 self._compute(rows, compute, max_tokens)
                 vectors[start : start + len(rows.pieces)] = join_pieces(pooled, rows)
         vectors = self._finish(vectors, dim)
-        if cut and long == "truncate":
-            warnings.warn(
-                f"{cut} of {len(keys)} different texts have more than max_length="
-                f"{self.max_length} tokens and were cut; use long='mean' or long='error'",
-                stacklevel=2,
-            )
+        if long == "truncate":
+            self._warn_cut(cut, f"{len(keys)} different texts", "; use long='mean' or long='error'")
         finite = vectors.isfinite().all(1)
         if not bool(finite.all()):
             index = where.index(int((~finite).nonzero()[0]))
@@ -333,12 +311,7 @@ class Encoder(nn.Module):
                         found[start + index] = state
 
                 self._compute(rows, compute, max_tokens)
-        if cut:
-            warnings.warn(
-                f"{cut} of {len(items)} texts have more than max_length={self.max_length} tokens"
-                " and were cut",
-                stacklevel=2,
-            )
+        self._warn_cut(cut, f"{len(items)} texts")
         return found
 
     def pack(self, texts: Sequence[str]) -> PackedBatch:
@@ -349,37 +322,9 @@ class Encoder(nn.Module):
         """
         items, prefix = checked_texts(texts), self.prompts.get(self._default_prompt or "", "")
         rows = self._rows.rows([prefix + text for text in items])
-        if rows.too_long:
-            warnings.warn(
-                f"{len(rows.too_long)} of {len(items)} texts have more than max_length="
-                f"{self.max_length} tokens and were cut",
-                stacklevel=2,
-            )
-        return PackedBatch.from_arrays(rows.ids, rows.lengths, first_position=self.first_position)
-
-    @property
-    def max_length(self) -> int:
-        """Tokens after which a text is cut, special tokens included; may be set."""
-        return self._rows.max_length
-
-    @max_length.setter
-    def max_length(self, value: int) -> None:
-        value = _backbone.resolve_max_length(self.backbone, self.tokenizer, value)
-        self._rows = RowTokenizer(self.tokenizer, max_length=value, lower_case=self._lower_case)
-
-    @property
-    def attention(self) -> AttentionPath:
-        """Which attention :meth:`encode` runs here, and why."""
-        why = self._why_padded()
-        if why is not None:
-            return AttentionPath("padded", why)
-        return packed_path(
-            self.backbone.device,
-            self.backbone.dtype,
-            head_dim=self._head_dim,
-            dropout=attention_dropout(self.backbone) if self.training else 0.0,
-            windowed=longest_window(self.backbone) > 0,
-        )
+        self._warn_cut(len(rows.too_long), f"{len(items)} texts")
+        everything = np.arange(len(rows.lengths))
+        return rows.batch(everything, first_position=self.first_position)
 
     @property
     def fingerprint(self) -> str:
@@ -394,21 +339,9 @@ class Encoder(nn.Module):
         config = self.backbone.config.to_json_string()
         return _backbone.digest(self.state_dict(), words, repr(settings), config)
 
-    def explain(self) -> str:
-        """Say in a small table what runs and why."""
-        default = default_max_tokens(self.backbone.device, self.backbone.dtype)
-        learnt = self._budgets.get((self.backbone.device, self.backbone.dtype))
-        budget = learnt.max_tokens if learnt else default
+    def _facts(self) -> dict[str, str]:
         pooling = "+".join(self._modes) + " pooling" + (", length one" if self._normalize else "")
-        lines = {
-            "model": self.name,
-            "vectors": f"{self.dim} entries, {pooling}",
-            "device": f"{self.backbone.device}, {str(self.backbone.dtype).removeprefix('torch.')}",
-            "attention": ": ".join(self.attention),
-            "batches": f"at most {budget:,} tokens",
-            "texts": f"cut after {self.max_length:,} tokens",
-        }
-        return "\n".join(f"{key:<10}{value}" for key, value in lines.items())
+        return {"vectors": f"{self.dim} entries, {pooling}"}
 
     def save_pretrained(self, path: str | os.PathLike[str]) -> None:
         """Write a folder that :meth:`from_pretrained` and sentence-transformers load."""
@@ -426,78 +359,10 @@ class Encoder(nn.Module):
             default_prompt=self._default_prompt,
         )
 
-    def _compute(
-        self,
-        rows: TokenRows,
-        compute: Callable[[PackedBatch, Tensor], None],
-        max_tokens: int | Literal["auto"],
-    ) -> None:
-        """Run rows through ``compute`` under the asked or the learnt budget."""
-        longest = int(rows.lengths.max())
-        if max_tokens != "auto" and max_tokens < longest:
-            raise ValueError(
-                f"max_tokens={max_tokens} is less than the {longest} tokens of one text"
-            )
-        kind = (self.backbone.device, self.backbone.dtype)
-        learnt = self._budgets.setdefault(kind, Budget(default_max_tokens(*kind)))
-        compute_rows(
-            rows,
-            compute,
-            budget=learnt if max_tokens == "auto" else Budget(max_tokens),
-            device=self.backbone.device,
-            first_position=self.first_position,
-            padded=self._why_padded() is not None,
-        )
-
-    def _why_padded(self) -> str | None:
-        """Why rows are padded where the model is now; None if they run packed."""
-        if self._attn == "padded":
-            return "attn='padded' was asked for"
-        kind = (self.backbone.device.type, self.backbone.dtype, self.max_length)
-        if self._checked[0] != kind:
-            first, longest, pad = self.first_position, self.max_length, self._pad_id
-            why = adopt_packed_attention(
-                self.backbone, first_position=first, max_length=longest, pad_id=pad
-            )
-            if why and self._attn == "packed":
-                raise RuntimeError(
-                    f"{self.name} cannot run packed: {why}. Use attn='auto' to pad instead"
-                )
-            if why and why != self._checked[1]:
-                warnings.warn(
-                    f"{self.name} runs padded, which is slower: {why}."
-                    " attn='padded' chooses this silently",
-                    stacklevel=3,
-                )
-            self._checked = (kind, why)
-        return self._checked[1]
-
     def _prepared(self, texts: str | Iterable[str], prompt: str | None) -> tuple[list[str], str]:
-        if self.training:
-            raise RuntimeError(
-                "the encoder is in training mode, where dropout would change the vectors and this"
-                " call would drop gradients; call .eval() first, or call the encoder on a batch"
-            )
         if prompt is None:
             prompt = self.prompts.get(self._default_prompt or "", "")
-        return ([texts] if isinstance(texts, str) else checked_texts(texts)), prompt
-
-    def _token_states(self, batch: PackedBatch) -> Tensor:
-        """Token states ``(tokens, hidden)`` of a packed batch."""
-        if batch.first_position != self.first_position:
-            raise ValueError(
-                f"the batch counts positions from {batch.first_position}, {self.name} from"
-                f" {self.first_position}; make batches with encoder.pack(texts)"
-            )
-        limit = _backbone.longest_row(self.backbone)
-        if limit is not None and batch.max_length > limit:
-            raise ValueError(
-                f"a row has {batch.max_length} tokens, the model has {limit} positions"
-            )
-        if self._why_padded() is None:
-            return last_states(self.backbone, packed_inputs(batch))[0]
-        inputs = batch.padded(self._pad_id)
-        return last_states(self.backbone, inputs)[inputs["attention_mask"].bool()]
+        return self._texts(texts), prompt
 
     def _pooled(self, batch: PackedBatch | Mapping[str, Tensor]) -> Tensor:
         if isinstance(batch, PackedBatch):

@@ -20,9 +20,11 @@ class PackedBatch:
     rows by length where order is free (:meth:`torsh_text.Encoder.encode` does).
 
     Attributes:
-        buffer: int32 ``(2 * tokens + rows + 1,)``: token ids, positions, cumulative lengths.
+        buffer: int32 ``(2 * tokens + rows + 1,)``: token ids, positions, cumulative lengths; then,
+            if ``typed``, the type of each token (which text of a pair it belongs to).
         lengths: Tokens in each row.
         first_position: Position of each row's first token.
+        typed: Whether the buffer holds token types.
 
     Example:
         >>> batch = PackedBatch.pack([[5, 6, 7], [8, 9]])
@@ -33,6 +35,7 @@ class PackedBatch:
     buffer: Tensor
     lengths: tuple[int, ...]
     first_position: int = 0
+    typed: bool = False
 
     @classmethod
     def pack(cls, rows: Sequence[Sequence[int]], *, first_position: int = 0) -> "PackedBatch":
@@ -52,9 +55,14 @@ class PackedBatch:
 
     @classmethod
     def from_arrays(
-        cls, ids: np.ndarray, lengths: np.ndarray, *, first_position: int = 0
+        cls,
+        ids: np.ndarray,
+        lengths: np.ndarray,
+        *,
+        types: np.ndarray | None = None,
+        first_position: int = 0,
     ) -> "PackedBatch":
-        """Build from ids that already lie end to end and the length of each row."""
+        """Build from ids (and types) that already lie end to end and the length of each row."""
         if len(lengths) == 0:
             raise ValueError("rows is empty; a packed batch needs at least one row")
         if lengths.min() < 1:
@@ -63,13 +71,16 @@ class PackedBatch:
             )
         total = len(ids)
         ends = np.cumsum(lengths)
-        buffer = np.empty(2 * total + len(lengths) + 1, dtype=np.int32)
+        typed = types is not None
+        buffer = np.empty((2 + typed) * total + len(lengths) + 1, dtype=np.int32)
         buffer[:total] = ids
         positions = np.arange(first_position, total + first_position, dtype=np.int64)
         buffer[total : 2 * total] = positions - np.repeat(ends - lengths, lengths)
         buffer[2 * total] = 0
-        buffer[2 * total + 1 :] = ends
-        return cls(torch.from_numpy(buffer), tuple(lengths.tolist()), first_position)
+        buffer[2 * total + 1 : 2 * total + 1 + len(lengths)] = ends
+        if typed:
+            buffer[2 * total + 1 + len(lengths) :] = types
+        return cls(torch.from_numpy(buffer), tuple(lengths.tolist()), first_position, typed)
 
     def __len__(self) -> int:
         """Return the number of rows."""
@@ -103,7 +114,12 @@ class PackedBatch:
     @property
     def cu_seqlens(self) -> Tensor:
         """Where each row starts, and the end: int32 ``(rows + 1,)``."""
-        return self.buffer[2 * self.num_tokens :]
+        return self.buffer[2 * self.num_tokens :][: len(self.lengths) + 1]
+
+    @property
+    def token_type_ids(self) -> Tensor | None:
+        """Which text of a pair each token belongs to ``(1, tokens)``; None without types."""
+        return self.buffer[-self.num_tokens :].unsqueeze(0) if self.typed else None
 
     @property
     def device(self) -> torch.device:
@@ -122,7 +138,9 @@ class PackedBatch:
         return replace(self, buffer=self.buffer.pin_memory())
 
     def padded(self, pad_id: int = 0) -> dict[str, Tensor]:
-        """Return the same rows as a padded batch: ``input_ids`` and ``attention_mask``, int64.
+        """Return the same rows as a padded batch of int64 tensors ``(rows, length)``.
+
+        They are ``input_ids``, ``attention_mask`` and, if there are types, ``token_type_ids``.
 
         Args:
             pad_id: Token id written behind the end of the shorter rows.
@@ -135,7 +153,10 @@ class PackedBatch:
         mask = (torch.arange(self.max_length) < lengths.unsqueeze(1)).to(self.device)
         ids = torch.full(mask.shape, pad_id, dtype=torch.int64, device=self.device)
         ids.masked_scatter_(mask, self.input_ids.long())
-        return {"input_ids": ids, "attention_mask": mask.long()}
+        found = {"input_ids": ids, "attention_mask": mask.long()}
+        if (types := self.token_type_ids) is not None:
+            found["token_type_ids"] = torch.zeros_like(ids).masked_scatter_(mask, types.long())
+        return found
 
 
 def plan_batches(

@@ -125,8 +125,7 @@ def compute_rows(
         done = 0
         for positions in plan:
             indices = left[positions]
-            ids, lengths = rows.take(indices)
-            batch = PackedBatch.from_arrays(ids, lengths, first_position=first_position)
+            batch = rows.batch(indices, first_position=first_position)
             try:
                 where = torch.from_numpy(indices)
                 if device.type == "cuda":

@@ -1,10 +1,13 @@
 """Text to rows of token ids, once, through a private copy of the tokenizer."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import numpy as np
+
+from ._packing import PackedBatch
 
 if TYPE_CHECKING:
     from tokenizers import Encoding
@@ -40,21 +43,45 @@ class TokenRows:
         lengths: Tokens in each row, int64 ``(rows,)``.
         pieces: Rows made from each text, int64 ``(texts,)``; 1 unless a long text was split.
         too_long: Indices of texts that did not fit ``max_length``.
+        types: Which text of a pair each token belongs to, int32 ``(tokens,)``; None without pairs.
     """
 
     ids: np.ndarray
     lengths: np.ndarray
     pieces: np.ndarray
     too_long: list[int]
+    types: np.ndarray | None = None
 
-    def take(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Return the ids of some rows, end to end, and their lengths."""
+    def batch(self, rows: np.ndarray, *, first_position: int = 0) -> PackedBatch:
+        """Pack some of the rows."""
         lengths = self.lengths[rows]
         starts = np.cumsum(self.lengths)[rows] - lengths
         ends = np.cumsum(lengths)
-        return self.ids[
-            np.arange(ends[-1]) + np.repeat(starts - (ends - lengths), lengths)
-        ], lengths
+        where = np.arange(ends[-1]) + np.repeat(starts - (ends - lengths), lengths)
+        return PackedBatch.from_arrays(
+            self.ids[where],
+            lengths,
+            types=None if self.types is None else self.types[where],
+            first_position=first_position,
+        )
+
+
+@dataclass(frozen=True)
+class Window:
+    """Tokens of a part of a text, and where they come from.
+
+    Attributes:
+        text: Index of the text.
+        ids: Token ids, special tokens included.
+        offsets: First character and the one behind the last of each token, in the text; equal
+            where a token stands for no character.
+        words: Word of each token, counted as the tokenizer splits; -1 for special tokens.
+    """
+
+    text: int
+    ids: list[int]
+    offsets: list[tuple[int, int]]
+    words: list[int]
 
 
 class RowTokenizer:
@@ -88,13 +115,18 @@ class RowTokenizer:
         candidates = (tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.cls_token_id, 0)
         self._for_empty = next(i for i in candidates if i is not None)
 
-    def rows(self, texts: Sequence[str], *, long: Long = "truncate") -> TokenRows:
-        """Tokenize texts; a text without tokens becomes one end-of-text token.
+    def rows(
+        self, texts: Sequence[str] | Sequence[tuple[str, str]], *, long: Long = "truncate"
+    ) -> TokenRows:
+        """Tokenize texts or pairs; a text without tokens becomes one end-of-text token.
 
         Args:
-            texts: What to tokenize.
+            texts: What to tokenize. Of pairs only the first text is ever cut.
             long: ``"mean"`` keeps what does not fit as further rows; any other value drops it.
         """
+        if texts and not isinstance(texts[0], str):
+            return self._pair_rows(cast("Sequence[tuple[str, str]]", texts))
+        texts = cast("Sequence[str]", texts)
         if self._lower_case:
             texts = [text.lower() for text in texts]
         parts = self._parts(texts)
@@ -107,21 +139,93 @@ class RowTokenizer:
         pieces = np.fromiter(map(len, parts), dtype=np.int64, count=len(parts))
         return TokenRows(ids, lengths, pieces, too_long)
 
+    def windows(self, texts: Sequence[str], *, stride: int) -> list[Window]:
+        """Cut texts into overlapping windows of ``max_length`` tokens, with their offsets.
+
+        Args:
+            texts: The texts; not lower-cased, as that may move characters.
+            stride: Tokens that a window shares with the one before.
+
+        Raises:
+            TypeError: If the tokenizer is written in Python and knows no offsets.
+            ValueError: If ``stride`` leaves no new token in a window.
+        """
+        if self._fast is None:
+            raise TypeError(
+                f"{type(self._slow).__name__} does not say where its tokens come from; use a model"
+                " with a fast tokenizer (tokenizer.json)"
+            )
+        room = self.max_length - self._slow.num_special_tokens_to_add(pair=False)
+        if not 0 <= stride < room:
+            raise ValueError(
+                f"stride={stride} is not between 0 and {room - 1}: max_length={self.max_length}"
+                f" leaves {room} tokens beside the special ones"
+            )
+        fast = self._private_copy()
+        fast.enable_truncation(self.max_length, stride=stride, direction=self._slow.truncation_side)
+        with _named_surrogates(texts):
+            found = fast.encode_batch(list(texts))
+        return [
+            Window(
+                index,
+                part.ids,
+                part.offsets,
+                [-1 if word is None else word for word in part.word_ids],
+            )
+            for index, whole in enumerate(found)
+            for part in (whole, *whole.overflowing)
+        ]
+
+    def _pair_rows(self, pairs: Sequence[tuple[str, str]]) -> TokenRows:
+        if self._lower_case:
+            pairs = [(first.lower(), second.lower()) for first, second in pairs]
+        with _named_surrogates([text for pair in pairs for text in pair]):
+            if self._fast is None:
+                found = [self._slow_pair(*pair) for pair in pairs]
+            else:
+                fast = self._private_copy()
+                fast.no_truncation()
+                found = [(row.ids, row.type_ids) for row in fast.encode_batch_fast(pairs)]
+        too_long = [i for i, (ids, _) in enumerate(found) if len(ids) > self.max_length]
+        for i in too_long:
+            found[i] = self._cut_pair(*pairs[i])
+        lengths = np.fromiter((len(ids) for ids, _ in found), np.int64, count=len(found))
+        ids, types = (
+            np.fromiter((i for row in found for i in row[which]), np.int32, int(lengths.sum()))
+            for which in (0, 1)
+        )
+        return TokenRows(ids, lengths, np.ones(len(pairs), np.int64), too_long, types)
+
+    def _private_copy(self) -> Any:
+        return type(self._fast).from_str(self._fast.to_str())
+
+    def _slow_pair(self, first: str, second: str, **options: Any) -> tuple[list[int], list[int]]:
+        row = self._slow(first, second, return_token_type_ids=True, verbose=False, **options)
+        return row["input_ids"], row["token_type_ids"]
+
+    def _cut_pair(self, first: str, second: str) -> tuple[list[int], list[int]]:
+        room = self.max_length - self._slow.num_special_tokens_to_add(pair=True)
+        if len(self._slow.encode(second, add_special_tokens=False, verbose=False)) >= room:
+            raise ValueError(
+                f"the second text of a pair, {second[:60]!r}, leaves no room for the first in"
+                f" max_length={self.max_length} tokens; shorten it"
+            )
+        if self._fast is None:
+            return self._slow_pair(
+                first, second, truncation="only_first", max_length=self.max_length
+            )
+        fast = self._private_copy()
+        fast.enable_truncation(
+            self.max_length, strategy="only_first", direction=self._slow.truncation_side
+        )
+        row = fast.encode(first, second)
+        return row.ids, row.type_ids
+
     def _parts(self, texts: Sequence[str]) -> list[list[list[int]]]:
-        try:
+        with _named_surrogates(texts):
             if self._fast is None:
                 return [self._slow_parts(text) for text in texts]
             return [_fast_parts(found) for found in self._fast.encode_batch_fast(texts)]
-        except (TypeError, UnicodeEncodeError):
-            for index, text in enumerate(texts):
-                try:
-                    text.encode()
-                except UnicodeEncodeError as error:
-                    raise ValueError(
-                        f"texts[{index}] holds a lone surrogate at character {error.start}, which"
-                        " is no Unicode text; decode the source with errors='replace'"
-                    ) from error
-            raise
 
     def _slow_parts(self, text: str) -> list[list[int]]:
         """Cut into pieces with special tokens around each, for tokenizers written in Python."""
@@ -129,6 +233,23 @@ class RowTokenizer:
         room = self.max_length - self._slow.num_special_tokens_to_add(pair=False)
         pieces = [ids[i : i + room] for i in range(0, len(ids), room)] or [[]]
         return [self._slow.build_inputs_with_special_tokens(piece) for piece in pieces]
+
+
+@contextmanager
+def _named_surrogates(texts: Sequence[str]) -> Iterator[None]:
+    """Turn a tokenizer's complaint about a lone surrogate into one that names the text."""
+    try:
+        yield
+    except (TypeError, UnicodeEncodeError):
+        for index, text in enumerate(texts):
+            try:
+                text.encode()
+            except UnicodeEncodeError as error:
+                raise ValueError(
+                    f"texts[{index}] holds a lone surrogate at character {error.start}, which"
+                    " is no Unicode text; decode the source with errors='replace'"
+                ) from error
+        raise
 
 
 def _fast_parts(found: "Encoding") -> list[list[int]]:

@@ -1,0 +1,189 @@
+"""A transformer that reads rows of tokens: what the encoder, classifiers and taggers share."""
+
+import warnings
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any, Literal
+
+from torch import Tensor, nn
+
+from . import _backbone
+from ._attention import AttentionPath, last_states, packed_inputs, packed_path
+from ._packing import PackedBatch
+from ._runtime import Budget, compute_rows, default_max_tokens
+from ._selfcheck import adopt_packed_attention, attention_dropout, longest_window
+from ._tokenizing import RowTokenizer, TokenRows, checked_texts
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel
+
+Attention = Literal["auto", "packed", "padded"]
+
+
+class TokenModel(nn.Module):
+    """A transformer and its tokenizer, run without padding where a check allows it.
+
+    A subclass has the transformer as ``backbone``, calls :meth:`_read_with` once and computes with
+    :meth:`_token_states` in :meth:`_compute`.
+
+    Attributes:
+        backbone: The transformer without a head.
+        tokenizer: The tokenizer as it was given.
+        name: What messages call the model.
+        first_position: Position of a row's first token.
+    """
+
+    backbone: "PreTrainedModel"
+    _kind = "model"  # in messages
+
+    def _read_with(
+        self,
+        tokenizer: Any,
+        *,
+        max_length: int | None,
+        lower_case: bool,
+        attn: Attention,
+        name: str | None,
+    ) -> None:
+        """Get ready to read texts, and check how the backbone can run."""
+        if attn not in ("auto", "packed", "padded"):
+            raise ValueError(f"attn={attn!r} is none of 'auto', 'packed', 'padded'")
+        self.tokenizer = tokenizer
+        self.name = name or type(self.backbone).__name__
+        self.first_position = _backbone.first_position(self.backbone)
+        self._lower_case = lower_case
+        self.max_length = _backbone.resolve_max_length(self.backbone, tokenizer, max_length)
+        config = self.backbone.config.get_text_config()
+        self._head_dim: int = getattr(config, "head_dim", None) or (
+            config.hidden_size // getattr(config, "num_attention_heads", 1)
+        )
+        pads = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
+        self._pad_id: int = next(i for i in pads if i is not None)
+        self._budgets: dict[tuple[torch.device, torch.dtype], Budget] = {}
+        self._attn: Attention = attn
+        self._checked: tuple[object, str | None] = (None, None)
+        self._why_padded()
+
+    @property
+    def max_length(self) -> int:
+        """Tokens after which a text is cut, special tokens included; may be set."""
+        return self._rows.max_length
+
+    @max_length.setter
+    def max_length(self, value: int) -> None:
+        value = _backbone.resolve_max_length(self.backbone, self.tokenizer, value)
+        self._rows = RowTokenizer(self.tokenizer, max_length=value, lower_case=self._lower_case)
+
+    @property
+    def attention(self) -> AttentionPath:
+        """Which attention runs here for texts, and why."""
+        why = self._why_padded()
+        if why is not None:
+            return AttentionPath("padded", why)
+        return packed_path(
+            self.backbone.device,
+            self.backbone.dtype,
+            head_dim=self._head_dim,
+            dropout=attention_dropout(self.backbone) if self.training else 0.0,
+            windowed=longest_window(self.backbone) > 0,
+        )
+
+    def explain(self) -> str:
+        """Say in a small table what runs and why."""
+        kind = (self.backbone.device, self.backbone.dtype)
+        learnt = self._budgets.get(kind)
+        budget = learnt.max_tokens if learnt else default_max_tokens(*kind)
+        lines = {
+            "model": self.name,
+            **self._facts(),
+            "device": f"{self.backbone.device}, {str(self.backbone.dtype).removeprefix('torch.')}",
+            "attention": ": ".join(self.attention),
+            "batches": f"at most {budget:,} tokens",
+            "texts": f"cut after {self.max_length:,} tokens",
+        }
+        return "\n".join(f"{key:<10}{value}" for key, value in lines.items())
+
+    def _facts(self) -> dict[str, str]:
+        """Lines of :meth:`explain` about what comes out."""
+        return {}
+
+    def _compute(
+        self,
+        rows: TokenRows,
+        compute: Callable[[PackedBatch, Tensor], None],
+        max_tokens: int | Literal["auto"],
+    ) -> None:
+        """Run rows through ``compute`` under the asked or the learnt budget."""
+        longest = int(rows.lengths.max())
+        if max_tokens != "auto" and max_tokens < longest:
+            raise ValueError(
+                f"max_tokens={max_tokens} is less than the {longest} tokens of one text"
+            )
+        kind = (self.backbone.device, self.backbone.dtype)
+        learnt = self._budgets.setdefault(kind, Budget(default_max_tokens(*kind)))
+        compute_rows(
+            rows,
+            compute,
+            budget=learnt if max_tokens == "auto" else Budget(max_tokens),
+            device=self.backbone.device,
+            first_position=self.first_position,
+            padded=self._why_padded() is not None,
+        )
+
+    def _why_padded(self) -> str | None:
+        """Why rows are padded where the model is now; None if they run packed."""
+        if self._attn == "padded":
+            return "attn='padded' was asked for"
+        kind = (self.backbone.device.type, self.backbone.dtype, self.max_length)
+        if self._checked[0] != kind:
+            first, longest, pad = self.first_position, self.max_length, self._pad_id
+            why = adopt_packed_attention(
+                self.backbone, first_position=first, max_length=longest, pad_id=pad
+            )
+            if why and self._attn == "packed":
+                raise RuntimeError(
+                    f"{self.name} cannot run packed: {why}. Use attn='auto' to pad instead"
+                )
+            if why and why != self._checked[1]:
+                warnings.warn(
+                    f"{self.name} runs padded, which is slower: {why}."
+                    " attn='padded' chooses this silently",
+                    stacklevel=4,
+                )
+            self._checked = (kind, why)
+        return self._checked[1]
+
+    def _texts(self, texts: str | Iterable[str]) -> list[str]:
+        """Check texts that a method without gradients shall read."""
+        if self.training:
+            raise RuntimeError(
+                f"the {self._kind} is in training mode, where dropout would change the result and"
+                f" this call would drop gradients; call .eval() first, or call the {self._kind} on"
+                " a batch"
+            )
+        return [texts] if isinstance(texts, str) else checked_texts(texts)
+
+    def _warn_cut(self, cut: int, of: str, remedy: str = "") -> None:
+        if cut:
+            warnings.warn(
+                f"{cut} of {of} have more than max_length={self.max_length} tokens and were cut"
+                f"{remedy}",
+                stacklevel=3,
+            )
+
+    def _token_states(self, batch: PackedBatch) -> Tensor:
+        """Token states ``(tokens, hidden)`` of a packed batch."""
+        if batch.first_position != self.first_position:
+            raise ValueError(
+                f"the batch counts positions from {batch.first_position}, {self.name} from"
+                f" {self.first_position}; make batches with {self._kind}.pack(texts)"
+            )
+        limit = _backbone.longest_row(self.backbone)
+        if limit is not None and batch.max_length > limit:
+            raise ValueError(
+                f"a row has {batch.max_length} tokens, the model has {limit} positions"
+            )
+        if self._why_padded() is None:
+            return last_states(self.backbone, packed_inputs(batch))[0]
+        inputs = batch.padded(self._pad_id)
+        return last_states(self.backbone, inputs)[inputs["attention_mask"].bool()]
