@@ -5,6 +5,7 @@ from ._cluster import Clusters, cluster
 from ._encoder import Encoder
 from ._packing import PackedBatch
 from ._plot import plot_map
+from ._sampler import Collator, TokenBudgetSampler
 from ._similarity import SearchResult, search, similarity
 from ._terms import TopicTerms, topic_terms
 
@@ -13,9 +14,11 @@ __version__ = "0.2.0"
 __all__ = [
     "AttentionPath",
     "Clusters",
+    "Collator",
     "Encoder",
     "PackedBatch",
     "SearchResult",
+    "TokenBudgetSampler",
     "TopicTerms",
     "__version__",
     "cluster",
