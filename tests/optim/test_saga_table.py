@@ -42,7 +42,8 @@ def test_error_is_that_of_the_type(rows: list[list[float]], dtype: torch.dtype) 
         # smallest number
         bound = values.abs().amax(1, keepdim=True) * (0.5 / 127 + 2.0**-23) + 127 * 2.0**-149
     else:
-        bound = values.abs() * _RELATIVE[dtype] + 2.0**-149
+        info = torch.finfo(dtype)
+        bound = values.abs() * _RELATIVE[dtype] + info.smallest_normal * info.eps
     assert bool((error <= bound).all())
 
 

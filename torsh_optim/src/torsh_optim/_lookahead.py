@@ -1,8 +1,6 @@
 """Lookahead."""
 
-from collections import defaultdict
 from collections.abc import Callable
-from itertools import chain
 from typing import Any, Literal, overload
 
 import torch
@@ -10,9 +8,9 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 from torch.optim import Optimizer
 
-from torsh_optim._checkpoint import align_groups, match_params
-from torsh_optim._optimizer import FusedOptimizer
+from torsh_optim._checkpoint import match_params
 from torsh_optim._shards import local, spread_like
+from torsh_optim._wrapper import OptimizerWrapper
 
 Pullback = Literal["none", "reset", "pullback"]
 
@@ -20,18 +18,19 @@ _OPTIONS = ("lookahead_k", "lookahead_alpha", "lookahead_pullback", "lookahead_s
 _MOMENTA = ("momentum_buffer", "exp_avg")  # first moments of torch's optimizers and of ours
 
 
-class Lookahead(Optimizer):
+class Lookahead(OptimizerWrapper):
     """Let an optimizer run ahead k steps, then go a part of the way to where it arrived.
 
     Every ``k`` steps the slow weights move by ``alpha`` towards the weights that the wrapped
     optimizer has reached, and the weights are set to them. The slow weights begin as the weights
-    that the first step finds.
+    that the first step finds; those of a group added later, as its first step finds them.
 
     The wrapper is an optimizer itself: schedulers, hooks, ``GradScaler``, checkpoints and Lightning
     take it in place of the wrapped one. It has no groups or state of its own: ``param_groups``
     (with the options as ``lookahead_*``, to be changed there) and ``state`` are those of
-    ``base_optimizer``, and saved states hold the slow weights as ``slow``. Step and save through
-    the wrapper, not through the wrapped optimizer.
+    ``base_optimizer``, and saved states hold the slow weights as ``slow`` (and the first moment of
+    the last synchronisation as ``slow_momentum``). Step and save through the wrapper, not through
+    the wrapped optimizer.
 
     A step with learning rate 0 in all groups is not counted: it moves nothing, and
     ``torch.distributed.checkpoint`` takes such a step to create the state it then loads.
@@ -72,78 +71,24 @@ class Lookahead(Optimizer):
         *,
         pullback: Pullback = "none",
     ) -> None:
-        if not isinstance(optimizer, Optimizer):
-            raise TypeError(
-                f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}"
-            )
+        super().__init__(optimizer)
         if isinstance(optimizer, Lookahead):
             raise ValueError("optimizer is a Lookahead already; wrap its base_optimizer")
-        if getattr(optimizer, "needs_index", False):
-            raise TypeError(
-                f"{type(optimizer).__name__} needs index=, the numbers of the samples, in each "
-                "step, and Lookahead cannot pass them on; use it alone"
-            )
         _check({"k": k, "alpha": alpha, "pullback": pullback})
-        # Optimizer.__init__ would make groups and state of its own; this is what unpickling uses
-        # to complete an optimizer, hooks included.
-        self.__setstate__(
-            {"base_optimizer": optimizer, "_slow": {}, "_options": (k, float(alpha), pullback, 0)}
-        )
+        self._slow = {}
+        self._options = (k, float(alpha), pullback, 0)
+        self._set_options()
 
-    base_optimizer: Optimizer
     _slow: dict[Tensor, dict[str, Tensor]]
     _options: tuple[int, float, Pullback, int]
-
-    # --- one set of groups, state and defaults, the wrapped optimizer's ---
-
-    @property
-    def param_groups(self) -> list[dict[str, Any]]:
-        """The wrapped optimizer's parameter groups."""
-        return self.base_optimizer.param_groups
-
-    @param_groups.setter
-    def param_groups(self, value: list[dict[str, Any]]) -> None:
-        self.base_optimizer.param_groups = value
-
-    @property
-    def state(self) -> defaultdict[Tensor, Any]:
-        """The wrapped optimizer's state."""
-        return self.base_optimizer.state
-
-    @state.setter
-    def state(self, value: defaultdict[Tensor, Any]) -> None:
-        self.base_optimizer.state = value
-
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a parameter group to the wrapped optimizer; its slow weights begin at its next step.
-
-        Args:
-            param_group: As the wrapped optimizer takes it.
-        """
-        self.base_optimizer.add_param_group(param_group)
-        self._set_options()
 
     def _set_options(self) -> None:
         for group in self.base_optimizer.param_groups:
             for key, value in zip(_OPTIONS, self._options, strict=True):
                 group.setdefault(key, value)
 
-    def __getattr__(self, name: str) -> Any:
-        # what the wrapped optimizer tells of itself: grad_norm, last_lr(), implementation ...
-        if name.startswith("_") or name == "base_optimizer":
-            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
-        return getattr(self.base_optimizer, name)
-
     def __getstate__(self) -> dict[str, Any]:
-        return {
-            "base_optimizer": self.base_optimizer,
-            "_slow": self._slow,
-            "_options": self._options,
-        }
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__({**state, "defaults": state["base_optimizer"].defaults})
-        self._set_options()
+        return {**super().__getstate__(), "_slow": self._slow, "_options": self._options}
 
     # --- the step ---
 
@@ -225,44 +170,20 @@ class Lookahead(Optimizer):
             "use pullback='none'"
         )
 
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        """Clear the gradients of all parameters.
-
-        Args:
-            set_to_none: Remove them instead of filling them with zeros.
-        """
-        self.base_optimizer.zero_grad(set_to_none)
-
     # --- state dictionaries ---
 
-    @torch._disable_dynamo
-    def state_dict(self) -> dict[str, Any]:
-        """Return the wrapped optimizer's state with ``slow`` (and ``slow_momentum``) added."""
-        for pre_hook in self._optimizer_state_dict_pre_hooks.values():
-            pre_hook(self)
-        state_dict = self.base_optimizer.state_dict()
-        state = dict(state_dict["state"])
-        numbers = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
-        params = chain.from_iterable(group["params"] for group in self.param_groups)
-        pulled = {
-            number
-            for group in state_dict["param_groups"]
-            if group["lookahead_pullback"] == "pullback"
-            for number in group["params"]
-        }
-        for number, param in zip(numbers, params, strict=True):
-            # What is not there yet is saved as it begins: a loader that fills the tensors it finds,
-            # as torch.distributed.checkpoint does, would pass it by.
-            slow = self._slow.get(param) or {"slow": param.detach().clone()}
-            if number in pulled and "slow_momentum" not in slow and self._has_momentum(param):
-                slow = {**slow, "slow_momentum": torch.zeros_like(self._momentum(param))}
-            state[number] = {**state.get(number, {}), **slow}
-        state_dict = {**state_dict, "state": state}
-        for post_hook in self._optimizer_state_dict_post_hooks.values():
-            result = post_hook(self, state_dict)
-            if result is not None:
-                state_dict = result
-        return state_dict
+    def _own_state(self) -> dict[Tensor, dict[str, Tensor]]:
+        # What is not there yet is saved as it begins: a loader that fills the tensors it finds, as
+        # torch.distributed.checkpoint does, would pass it by.
+        own = {}
+        for group in self.param_groups:
+            pulled = group["lookahead_pullback"] == "pullback"
+            for param in group["params"]:
+                slow = self._slow.get(param) or {"slow": param.detach().clone()}
+                if pulled and "slow_momentum" not in slow and self._has_momentum(param):
+                    slow = {**slow, "slow_momentum": torch.zeros_like(self._momentum(param))}
+                own[param] = slow
+        return own
 
     @torch._disable_dynamo
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -278,25 +199,8 @@ class Lookahead(Optimizer):
             ValueError: The wrapped optimizer refuses it, an option is out of range, or a slow
                 weight is missing or does not fit its parameter.
         """
-        state_dict = state_dict.copy()
-        for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
-            result = pre_hook(self, state_dict)
-            if result is not None:
-                state_dict = result
-
-        slow: dict[int, dict[str, Tensor]] = {}
-        fast: dict[Any, Any] = {}
-        for number, values in state_dict["state"].items():
-            kept = dict(values) if isinstance(values, dict) else values
-            if isinstance(kept, dict):
-                taken = {key: kept.pop(key) for key in ("slow", "slow_momentum") if key in kept}
-                if taken:
-                    slow[number] = taken
-            if kept:
-                fast[number] = kept
-        groups = state_dict["param_groups"]
-        if isinstance(self.base_optimizer, FusedOptimizer):  # goes by names, torch's by position
-            groups = align_groups(self.param_groups, groups, warn=False)
+        state_dict, slow = self._begin_load(state_dict, ("slow", "slow_momentum"))
+        groups = self._aligned(state_dict["param_groups"])
         targets = match_params(self.param_groups, groups)
         for group in groups:
             _check(group, "lookahead_")
@@ -312,7 +216,7 @@ class Lookahead(Optimizer):
                 for key, value in taken.items():
                     _check_slow(key, value, param, name)
 
-        self.base_optimizer.load_state_dict({**state_dict, "state": fast})
+        self.base_optimizer.load_state_dict(state_dict)
         self._slow = {
             param: {
                 key: spread_like(param, value, f"{key!r} of {name} in the loaded state")
@@ -321,9 +225,7 @@ class Lookahead(Optimizer):
             for number, (param, _, name) in targets.items()
             if number in slow
         }
-        self._set_options()
-        for post_hook in self._optimizer_load_state_dict_post_hooks.values():
-            post_hook(self)
+        self._end_load()
 
 
 def _check(options: dict[str, Any], prefix: str = "") -> None:

@@ -1,6 +1,5 @@
 """SVRG."""
 
-from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import chain
@@ -11,9 +10,9 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.optim import Optimizer
 
-from torsh_optim._checkpoint import align_groups, match_params
+from torsh_optim._checkpoint import match_params
 from torsh_optim._eager import run_eagerly
-from torsh_optim._optimizer import FusedOptimizer
+from torsh_optim._wrapper import OptimizerWrapper
 
 AlphaSchedule = Literal["constant", "linear"]
 
@@ -28,7 +27,7 @@ _OPTIONS = (
 )
 
 
-class SVRG(Optimizer):
+class SVRG(OptimizerWrapper):
     """Take out of each gradient the noise that the same batch showed at a snapshot.
 
     A step gives the wrapped optimizer ``g - alpha * (g_snapshot - full_gradient)``: the batch's
@@ -47,7 +46,7 @@ class SVRG(Optimizer):
 
     The wrapper is an optimizer itself, with the groups and state of ``base_optimizer``: schedulers,
     hooks and checkpoints take it in its place. The options are in the groups as ``svrg_*``; saved
-    states hold the snapshot and its gradient.
+    states hold the snapshot and its gradient, as ``snapshot`` and ``full_gradient``.
 
     Args:
         optimizer: Any optimizer that steps without a closure.
@@ -90,58 +89,20 @@ class SVRG(Optimizer):
         total_steps: int | None = None,
         snapshot_every: int | None = None,
     ) -> None:
-        if not isinstance(optimizer, Optimizer):
-            raise TypeError(
-                f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}"
-            )
+        super().__init__(optimizer)
         if isinstance(optimizer, SVRG):
             raise ValueError("optimizer is an SVRG already; wrap its base_optimizer")
-        if getattr(optimizer, "needs_index", False):
-            raise TypeError(
-                f"{type(optimizer).__name__} needs index=, the numbers of the samples, in each "
-                "step, and SVRG cannot pass them on; use it alone"
-            )
         if isinstance(optimizer, torch.optim.LBFGS):
             raise ValueError("LBFGS evaluates a closure itself; SVRG needs an optimizer that steps")
         values = (alpha, alpha_schedule, total_steps, snapshot_every, 0, None)
         options = dict(zip(_OPTIONS, values, strict=True))
         _check(options, "")
-        # Optimizer.__init__ would make groups and state of its own; this is what unpickling uses
-        # to complete an optimizer, hooks included.
-        self.__setstate__({"base_optimizer": optimizer, "_anchors": {}, "_options": options})
+        self._anchors = {}
+        self._options = options
+        self._set_options()
 
-    base_optimizer: Optimizer
     _anchors: dict[Tensor, dict[str, Tensor]]
     _options: dict[str, Any]
-
-    # --- one set of groups, state and defaults, the wrapped optimizer's ---
-
-    @property
-    def param_groups(self) -> list[dict[str, Any]]:
-        """The wrapped optimizer's parameter groups."""
-        return self.base_optimizer.param_groups
-
-    @param_groups.setter
-    def param_groups(self, value: list[dict[str, Any]]) -> None:
-        self.base_optimizer.param_groups = value
-
-    @property
-    def state(self) -> defaultdict[Tensor, Any]:
-        """The wrapped optimizer's state."""
-        return self.base_optimizer.state
-
-    @state.setter
-    def state(self, value: defaultdict[Tensor, Any]) -> None:
-        self.base_optimizer.state = value
-
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a parameter group to the wrapped optimizer; a new snapshot is due then.
-
-        Args:
-            param_group: As the wrapped optimizer takes it.
-        """
-        self.base_optimizer.add_param_group(param_group)
-        self._set_options()
 
     def _set_options(self) -> None:
         groups = self.base_optimizer.param_groups
@@ -149,22 +110,8 @@ class SVRG(Optimizer):
             for key, value in self._options.items():
                 group.setdefault(key, groups[0].get(key, value))
 
-    def __getattr__(self, name: str) -> Any:
-        # what the wrapped optimizer tells of itself: grad_norm, last_lr(), implementation ...
-        if name.startswith("_") or name == "base_optimizer":
-            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
-        return getattr(self.base_optimizer, name)
-
     def __getstate__(self) -> dict[str, Any]:
-        return {
-            "base_optimizer": self.base_optimizer,
-            "_anchors": self._anchors,
-            "_options": self._options,
-        }
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__({**state, "defaults": state["base_optimizer"].defaults})
-        self._set_options()
+        return {**super().__getstate__(), "_anchors": self._anchors, "_options": self._options}
 
     def _params(self) -> list[Tensor]:
         return list(chain.from_iterable(group["params"] for group in self.param_groups))
@@ -182,7 +129,7 @@ class SVRG(Optimizer):
 
     @property
     def snapshot_due(self) -> bool:
-        """Whether the next step needs a new snapshot."""
+        """Whether the next step needs a new snapshot; it does after a group was added."""
         return self.alpha > 0 and self._missing() is not None
 
     def _missing(self) -> str | None:
@@ -311,33 +258,10 @@ class SVRG(Optimizer):
                 anchor[key] = value.to(param.device, param.dtype)
         return anchor
 
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        """Clear the gradients of all parameters.
-
-        Args:
-            set_to_none: Remove them instead of filling them with zeros.
-        """
-        self.base_optimizer.zero_grad(set_to_none)
-
     # --- state dictionaries ---
 
-    @torch._disable_dynamo
-    def state_dict(self) -> dict[str, Any]:
-        """Return the wrapped optimizer's state with ``snapshot`` and ``full_gradient`` added."""
-        for pre_hook in self._optimizer_state_dict_pre_hooks.values():
-            pre_hook(self)
-        state_dict = self.base_optimizer.state_dict()
-        state = dict(state_dict["state"])
-        numbers = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
-        for number, param in zip(numbers, self._params(), strict=True):
-            if param in self._anchors:
-                state[number] = {**state.get(number, {}), **self._anchors[param]}
-        state_dict = {**state_dict, "state": state}
-        for post_hook in self._optimizer_state_dict_post_hooks.values():
-            result = post_hook(self, state_dict)
-            if result is not None:
-                state_dict = result
-        return state_dict
+    def _own_state(self) -> dict[Tensor, dict[str, Tensor]]:
+        return self._anchors
 
     @torch._disable_dynamo
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -352,22 +276,8 @@ class SVRG(Optimizer):
             ValueError: The wrapped optimizer refuses it, an option is out of range, or a snapshot
                 is missing or does not fit its parameter.
         """
-        state_dict = state_dict.copy()
-        for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
-            result = pre_hook(self, state_dict)
-            if result is not None:
-                state_dict = result
-
-        anchors: dict[Any, dict[str, Tensor]] = {}
-        rest: dict[Any, Any] = {}
-        for number, values in state_dict["state"].items():
-            anchors[number] = {key: values[key] for key in _KEYS if key in values}
-            others = {key: value for key, value in values.items() if key not in _KEYS}
-            if others:
-                rest[number] = others
-        groups = state_dict["param_groups"]
-        if isinstance(self.base_optimizer, FusedOptimizer):  # goes by names, torch's by position
-            groups = align_groups(self.param_groups, groups, warn=False)
+        state_dict, anchors = self._begin_load(state_dict, _KEYS)
+        groups = self._aligned(state_dict["param_groups"])
         targets = match_params(self.param_groups, groups)
         for group in groups:
             _check(group, "loaded ")
@@ -388,11 +298,9 @@ class SVRG(Optimizer):
                 fitted = torch.empty_like(param, dtype=value.dtype).copy_(value).detach()
                 loaded[param][key] = fitted
 
-        self.base_optimizer.load_state_dict({**state_dict, "state": rest})
+        self.base_optimizer.load_state_dict(state_dict)
         self._anchors = loaded
-        self._set_options()
-        for post_hook in self._optimizer_load_state_dict_post_hooks.values():
-            post_hook(self)
+        self._end_load()
 
 
 def _check(options: dict[str, Any], what: str) -> None:
