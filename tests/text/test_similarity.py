@@ -3,7 +3,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from torsh_text import search, similarity
+from torsh_text import mine_pairs, search, similarity
 
 
 def test_cosine_by_hand():
@@ -83,3 +83,85 @@ def test_refuses_what_does_not_fit():
         similarity(x.unsqueeze(0), x)
     with pytest.raises(TypeError, match="a is a list"):
         similarity([1.0], x)
+
+
+def _all_pairs(x, metric, threshold, k):
+    """Every pair in a plain loop, sorted by score, then by rows."""
+    table = similarity(x, x, metric).tolist()
+    rows = range(len(x))
+    pairs = [(-table[i][j], i, j) for i in rows for j in rows if i < j]
+    found = [(i, j) for score, i, j in sorted(pairs) if threshold is None or -score >= threshold]
+    return found[:k]
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    rows=st.integers(0, 25),
+    block=st.integers(1, 30),
+    threshold=st.none() | st.integers(-6, 8),
+    k=st.none() | st.integers(1, 40),
+    seed=st.integers(0, 1000),
+)
+def test_mined_pairs_equal_a_plain_loop(rows, block, threshold, k, seed):
+    if threshold is None and k is None:
+        k = 7
+    generator = torch.Generator().manual_seed(seed)
+    # small whole numbers: products are exact, and there are many ties
+    x = torch.randint(-2, 3, (rows, 3), generator=generator).float()
+    scores, ids = mine_pairs(x, threshold=threshold, k=k, metric="dot", block=block)
+    assert [tuple(pair) for pair in ids.tolist()] == _all_pairs(x, "dot", threshold, k)
+    torch.testing.assert_close(scores, (x[ids[:, 0]] * x[ids[:, 1]]).sum(1), atol=0, rtol=0)
+
+
+def test_mined_cosines():
+    x = torch.randn(300, 16, dtype=torch.float64)
+    found = mine_pairs(x * torch.rand(300, 1, dtype=torch.float64), threshold=0.5, block=77)
+    expected = similarity(x, x).triu(1)
+    assert len(found.ids) == int((expected >= 0.5).sum()) > 50
+    got = expected[found.ids[:, 0], found.ids[:, 1]]
+    torch.testing.assert_close(found.scores, got, atol=1e-12, rtol=0)
+    assert found.scores.dtype == torch.float64
+    assert (found.scores.diff() <= 0).all()
+
+
+def test_best_pairs_of_half_precision():
+    x = torch.randn(50, 8).to(torch.bfloat16)
+    found = mine_pairs(x, k=5, block=16)
+    assert found.scores.dtype == torch.float32
+    expected = similarity(x, x).triu(1).flatten().topk(5).values
+    torch.testing.assert_close(found.scores, expected, atol=1e-6, rtol=0)  # sums in another order
+
+
+def test_mining_a_thousand_equal_rows_holds_no_more_than_asked():
+    found = mine_pairs(torch.ones(1000, 4), k=3, block=64)
+    assert found.ids.tolist() == [[0, 1], [0, 2], [0, 3]]
+    assert mine_pairs(torch.ones(1, 4), k=3).ids.shape == (0, 2)
+
+
+@pytest.mark.gpu
+def test_mining_on_a_gpu():
+    x = torch.randn(3000, 32, dtype=torch.float64)
+    found, expected = mine_pairs(x.cuda(), k=50, block=512), mine_pairs(x, k=50)
+    assert found.ids.is_cuda
+    assert torch.equal(found.ids.cpu(), expected.ids)
+
+
+def test_mining_refuses_what_does_not_fit():
+    x = torch.randn(5, 4)
+    with pytest.raises(ValueError, match="neither threshold nor k is given"):
+        mine_pairs(x)
+    with pytest.raises(ValueError, match="k=0 is not positive"):
+        mine_pairs(x, k=0)
+    with pytest.raises(ValueError, match="block=0 is not positive"):
+        mine_pairs(x, k=1, block=0)
+    with pytest.raises(ValueError, match="threshold is not a number"):
+        mine_pairs(x, threshold=float("nan"))
+    with pytest.raises(ValueError, match="metric='l2'"):
+        mine_pairs(x, k=1, metric="l2")
+    with pytest.raises(ValueError, match=r"expected \(rows, dim\)"):
+        mine_pairs(x[0], k=1)
+    with pytest.raises(TypeError, match="x is a list"):
+        mine_pairs([[1.0]], k=1)
+    x[3, 0] = float("inf")
+    with pytest.raises(ValueError, match=r"x\[3\] is not finite"):
+        mine_pairs(x, k=1, block=2)

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 from . import _backbone
 from ._attention import last_states
+from ._cache import EmbeddingCache, open_cache
+from ._fingerprint import arithmetic, weights_seen
 from ._packing import PackedBatch
 from ._pooling import POOLINGS, Pooling, pool_packed, pool_padded
 from ._runtime import (
@@ -22,6 +24,7 @@ from ._runtime import (
     tokenized_windows,
 )
 from ._saving import write_model
+from ._shelf import Shelf
 from ._token_model import Attention, TokenModel
 from ._tokenizing import Long, checked_texts, vocabulary
 
@@ -97,6 +100,7 @@ class Encoder(TokenModel):
         layers = list(dense)
         self.dense = nn.ModuleList(layers)
         self.dim: int = layers[-1].linear.out_features if layers else self._dim_in
+        self._fingerprint: tuple[object, str] = (None, "")
         self._read_with(
             tokenizer, max_length=max_length, lower_case=lower_case, attn=attn, name=name
         )
@@ -186,6 +190,7 @@ class Encoder(TokenModel):
         out: Literal["torch"] = ...,
         max_tokens: int | Literal["auto"] = ...,
         long: Long = ...,
+        cache: EmbeddingCache | str | os.PathLike[str] | None = ...,
         progress: bool = ...,
     ) -> Tensor: ...
 
@@ -199,6 +204,7 @@ class Encoder(TokenModel):
         out: Literal["numpy"],
         max_tokens: int | Literal["auto"] = ...,
         long: Long = ...,
+        cache: EmbeddingCache | str | os.PathLike[str] | None = ...,
         progress: bool = ...,
     ) -> np.ndarray: ...
 
@@ -211,6 +217,7 @@ class Encoder(TokenModel):
         out: Literal["torch", "numpy"] = "torch",
         max_tokens: int | Literal["auto"] = "auto",
         long: Long = "truncate",
+        cache: EmbeddingCache | str | os.PathLike[str] | None = None,
         progress: bool = False,
     ) -> Tensor | np.ndarray:
         """Map texts to vectors in input order, without gradients.
@@ -231,6 +238,9 @@ class Encoder(TokenModel):
             long: What happens to texts beyond ``max_length``: ``"truncate"`` cuts them and warns
                 with their number, ``"error"`` raises, ``"mean"`` averages the vectors of
                 consecutive pieces, weighted by their tokens.
+            cache: An :class:`EmbeddingCache`, or the path of one: texts that it knows for this
+                model and these settings are read, the others are computed and added, 4,096 at a
+                time, so that little is lost if the run is stopped. Any ``dim`` is served.
             progress: Show a progress bar.
 
         Returns:
@@ -247,18 +257,21 @@ class Encoder(TokenModel):
         unique: dict[str, int] = {}
         where = [unique.setdefault(prefix + text, len(unique)) for text in items]
         keys = list(unique)
-        cut = 0
+        shelf = None if cache is None else self._shelf(cache, long)
         # allocated outside inference mode, so that callers may train on it
         vectors = torch.empty(len(keys), self.dim, device=self.backbone.device)
-        with torch.inference_mode(), progress_bar(len(keys), shown=progress) as bar:
-            for start, rows in tokenized_windows(keys, self._rows, long=long):
+        left, cut = np.arange(len(keys)), 0
+        if shelf is not None:
+            left, known_to_be_cut = shelf.read(keys, vectors)
+            cut = len(known_to_be_cut)
+            if cut and long == "error":
+                raise self._too_long(where.index(int(known_to_be_cut[0])))
+        todo = [keys[i] for i in left] if shelf is not None else keys
+        with torch.inference_mode(), progress_bar(len(todo), shown=progress) as bar:
+            for start, rows in tokenized_windows(todo, self.row_tokenizer, long=long):
                 cut += len(rows.too_long)
                 if cut and long == "error":
-                    index = where.index(start + rows.too_long[0])
-                    raise ValueError(
-                        f"texts[{index}] has more than max_length={self.max_length} tokens; use"
-                        " long='truncate', long='mean' or a larger max_length"
-                    )
+                    raise self._too_long(where.index(int(left[start + rows.too_long[0]])))
                 pooled = torch.empty(len(rows.lengths), self.dim, device=vectors.device)
 
                 def compute(batch: PackedBatch, indices: Tensor, pooled: Tensor = pooled) -> None:
@@ -266,7 +279,14 @@ class Encoder(TokenModel):
                     bar.update(len(indices))
 
                 self._compute(rows, compute, max_tokens)
-                vectors[start : start + len(rows.pieces)] = join_pieces(pooled, rows)
+                here = left[start : start + len(rows.pieces)]
+                found = join_pieces(pooled, rows)
+                if shelf is not None:
+                    found = shelf.write(here, found, here[rows.too_long])
+                if len(here) == len(keys):
+                    vectors.copy_(found)
+                else:
+                    vectors[torch.from_numpy(here).to(vectors.device)] = found
         vectors = self._finish(vectors, dim)
         if long == "truncate":
             self._warn_cut(cut, f"{len(keys)} different texts", "; use long='mean' or long='error'")
@@ -301,7 +321,7 @@ class Encoder(TokenModel):
         cut = 0
         with torch.no_grad():
             for start, rows in tokenized_windows(
-                [prefix + text for text in items], self._rows, long="truncate"
+                [prefix + text for text in items], self.row_tokenizer, long="truncate"
             ):
                 cut += len(rows.too_long)
 
@@ -321,23 +341,32 @@ class Encoder(TokenModel):
         ``collate_fn``.
         """
         items, prefix = checked_texts(texts), self.prompts.get(self._default_prompt or "", "")
-        rows = self._rows.rows([prefix + text for text in items])
+        rows = self.row_tokenizer.rows([prefix + text for text in items])
         self._warn_cut(len(rows.too_long), f"{len(items)} texts")
         everything = np.arange(len(rows.lengths))
         return rows.batch(everything, first_position=self.first_position)
 
     @property
     def fingerprint(self) -> str:
-        """Hash of weights, tokenizer and settings, read anew each time.
+        """Hash of weights, tokenizer and settings.
 
-        Equal vectors of equal texts need equal fingerprints.
+        Equal vectors of equal texts need equal fingerprints. The weights are read again when they
+        have changed: in place, by ``load_state_dict``, by ``to``, or by an optimizer. Writing a
+        few single entries through ``parameter.data``, which hides changes from autograd, is not
+        noticed.
         """
-        words = vocabulary(self.tokenizer)
         prompt = self.prompts.get(self._default_prompt or "", "")
         dense = [repr(layer) for layer in self.dense]  # names the activations
-        settings = (self._modes, self._normalize, self.max_length, self._lower_case, prompt, dense)
+        settings = repr(
+            (self._modes, self._normalize, self.max_length, self._lower_case, prompt, dense)
+        )
         config = self.backbone.config.to_json_string()
-        return _backbone.digest(self.state_dict(), words, repr(settings), config)
+        weights = weights_seen(self)
+        seen = (weights, self.row_tokenizer, len(self.tokenizer), settings, config)
+        if weights is None or self._fingerprint[0] != seen:
+            words = vocabulary(self.tokenizer)
+            self._fingerprint = (seen, _backbone.digest(self.state_dict(), words, settings, config))
+        return self._fingerprint[1]
 
     def _facts(self) -> dict[str, str]:
         pooling = "+".join(self._modes) + " pooling" + (", length one" if self._normalize else "")
@@ -357,6 +386,18 @@ class Encoder(TokenModel):
             lower_case=self._lower_case,
             prompts=self.prompts,
             default_prompt=self._default_prompt,
+        )
+
+    def _shelf(self, cache: EmbeddingCache | str | os.PathLike[str], long: Long) -> Shelf:
+        exactness = arithmetic(self.backbone.device, self.backbone.dtype)
+        # "error" gives the vectors of "truncate" or none
+        settings = f"{exactness}, long texts {'averaged' if long == 'mean' else 'cut'}"
+        return Shelf(open_cache(cache), self.fingerprint, settings)
+
+    def _too_long(self, index: int) -> ValueError:
+        return ValueError(
+            f"texts[{index}] has more than max_length={self.max_length} tokens; use"
+            " long='truncate', long='mean' or a larger max_length"
         )
 
     def _prepared(self, texts: str | Iterable[str], prompt: str | None) -> tuple[list[str], str]:

@@ -64,7 +64,7 @@ def seed_centers(x: Tensor, k: int, generator: torch.Generator) -> Tensor:
     return x[torch.tensor(chosen, device=x.device)]
 
 
-def _means(x: Tensor, labels: Tensor, k: int) -> tuple[Tensor, Tensor]:
+def group_sums(x: Tensor, labels: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """Sums and sizes of clusters by matrix products: no atomic additions, so repeatable."""
     sums = x.new_zeros(k, x.shape[1])
     sizes = x.new_zeros(k)
@@ -93,13 +93,13 @@ def lloyd(x: Tensor, centers: Tensor, *, spherical: bool = False) -> tuple[Tenso
     k = len(centers)
     distances, labels = nearest(x, centers)
     for _ in range(_ROUNDS):
-        sums, sizes = _means(x, labels, k)
+        sums, sizes = group_sums(x, labels, k)
         empty = (sizes == 0).nonzero().flatten()
         before = filled = labels
         if len(empty):
             far = distances.topk(min(len(empty), len(x))).indices
             filled = labels.index_copy(0, far, empty[: len(far)])
-            sums, sizes = _means(x, filled, k)
+            sums, sizes = group_sums(x, filled, k)
         centers = sums / sizes.clamp_min(1).unsqueeze(1)
         if spherical:
             centers = F.normalize(centers, dim=1)

@@ -1,10 +1,13 @@
-"""A map of vectors in the plane."""
+"""Pictures of clusters and topics."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
+
+from ._topic import Topic
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -85,6 +88,84 @@ def plot_map(
         )
     ax.set(xticks=[], yticks=[])
     ax.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False, fontsize="small")
+    return ax
+
+
+def plot_topic_map(
+    vectors: Tensor,
+    labels: Tensor | Sequence[int],
+    topics: Sequence[Topic],
+    ax: "Axes | None" = None,
+    *,
+    method: Literal["pca", "tsne"] = "pca",
+    seed: int = 0,
+) -> "Axes":
+    """Draw documents as points, coloured by topic; each topic's number stands among its points.
+
+    Args:
+        vectors: Vectors of the documents ``(documents, dim)``, at least one.
+        labels: Their topics, such as ``model.transform(...).labels``; negative for none.
+        topics: ``model.topics``; the legend shows their numbers and first words.
+        ax: Where to draw; None for a new figure.
+        method: As for :func:`plot_map`.
+        seed: Seed of t-SNE.
+
+    Returns:
+        The axes.
+
+    Raises:
+        ImportError: If matplotlib, or scikit-learn for t-SNE, is missing.
+    """
+    names = [f"{topic.id}  {topic.name}" for topic in topics]
+    ax = plot_map(vectors, labels, names, ax, method=method, seed=seed)
+    numbers = torch.as_tensor(labels)
+    drawn = [group for group in ax.collections if group.get_label() != "noise"]
+    shown = sorted({int(n) for n in numbers if n >= 0})
+    for number, group in zip(shown, drawn[len(drawn) - len(shown) :], strict=True):
+        x, y = np.median(np.asarray(group.get_offsets(), dtype=float), axis=0).tolist()
+        ax.annotate(
+            str(number),
+            (x, y),
+            ha="center",
+            va="center",
+            weight="bold",
+            bbox={"boxstyle": "circle", "fc": "white", "ec": "0.6", "alpha": 0.8},
+        )
+    return ax
+
+
+def plot_topics(topics: Sequence[Topic], ax: "Axes | None" = None, *, words: int = 5) -> "Axes":
+    """Draw a bar for each topic: its length is the number of documents, its label the words.
+
+    Args:
+        topics: ``model.topics``, at least one; the first is drawn on top.
+        ax: Where to draw; None for a new figure.
+        words: Words in each label, at most.
+
+    Returns:
+        The axes.
+
+    Raises:
+        ImportError: If matplotlib is missing.
+    """
+    if not topics:
+        raise ValueError("topics is empty; there is nothing to draw")
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise ImportError("plot_topics needs matplotlib: pip install 'torsh-text[plot]'") from None
+    if ax is None:
+        height = 1.0 + 0.3 * len(topics)
+        ax = Figure(figsize=(7, height), layout="constrained").add_subplot()
+    places = range(len(topics))
+    bars = ax.barh(places, [topic.size for topic in topics], color="tab:blue")
+    ax.bar_label(bars, padding=3, fontsize="small")
+    labels = [f"{t.id}  {', '.join(t.words[:words]) or t.name}" for t in topics]
+    ax.set_yticks(places, labels=labels)
+    ax.invert_yaxis()
+    ax.set_xlabel("documents")
+    for side in ("top", "right"):
+        ax.spines[side].set_visible(False)
     return ax
 
 

@@ -1,5 +1,6 @@
-"""Similarity of vectors, and exact search with bounded memory."""
+"""Similarity of vectors, and exact search and mining with bounded memory."""
 
+import math
 from typing import Literal, NamedTuple
 
 import torch
@@ -8,6 +9,7 @@ from torch import Tensor
 
 Metric = Literal["cosine", "dot"]
 _BLOCK_BYTES = 64 * 2**20
+_PAIR_BLOCK = 2048
 
 
 class SearchResult(NamedTuple):
@@ -120,3 +122,105 @@ def search(
     if queries.ndim == 1:
         return SearchResult(scores[0], ids[0])
     return SearchResult(scores, ids)
+
+
+class MinedPairs(NamedTuple):
+    """Pairs of rows, most similar first: ``scores, ids = mine_pairs(...)``.
+
+    ``scores`` are float32 ``(pairs,)``; ``ids`` are rows, int64 ``(pairs, 2)``, the lower first.
+    Equal scores are ordered by the rows.
+    """
+
+    scores: Tensor
+    ids: Tensor
+
+
+def _best_pairs(scores: Tensor, ids: Tensor, k: int | None) -> tuple[Tensor, Tensor]:
+    """Order pairs by score, then by rows, and keep the first ``k``."""
+    for column in (1, 0):
+        order = ids[:, column].argsort(stable=True)
+        scores, ids = scores[order], ids[order]
+    scores, order = scores.sort(descending=True, stable=True)
+    return scores[:k], ids[order[:k]]
+
+
+@torch.no_grad()
+def mine_pairs(
+    x: Tensor,
+    *,
+    threshold: float | None = None,
+    k: int | None = None,
+    metric: Metric = "cosine",
+    block: int | None = None,
+) -> MinedPairs:
+    """Find the most similar pairs among all rows, exactly; each pair comes once.
+
+    All ``rows * (rows - 1) / 2`` pairs are scored, a square block at a time, so beyond the result
+    memory is that of two blocks (with ``threshold`` alone, the result may be large). ``x`` may be
+    a memory-mapped tensor or in half precision; scores are computed in float32 (float64 if ``x``
+    is).
+
+    Args:
+        x: ``(rows, dim)``.
+        threshold: Least score of a pair.
+        k: Most pairs; at least one of ``threshold`` and ``k`` has to be given.
+        metric: ``"cosine"`` (0 for a zero vector) or ``"dot"``.
+        block: Rows and columns scored at a time; None for 2,048.
+
+    Returns:
+        Scores and pairs of rows, on the device of ``x``.
+
+    Raises:
+        TypeError: If ``x`` is no tensor.
+        ValueError: If an option does not fit, or a vector is not finite.
+
+    Example:
+        >>> x = torch.tensor([[1.0, 0.0], [0.0, 1.0], [2.0, 0.1], [0.1, 3.0]])
+        >>> mine_pairs(x, threshold=0.9).ids.tolist()
+        [[1, 3], [0, 2]]
+        >>> mine_pairs(x, k=3).ids[2].tolist()
+        [2, 3]
+    """
+    if not isinstance(x, Tensor):
+        raise TypeError(f"x is a {type(x).__name__}; pass a tensor of vectors (rows, dim)")
+    if x.ndim != 2:
+        raise ValueError(f"x has shape {tuple(x.shape)}; expected (rows, dim)")
+    if threshold is None and k is None:
+        raise ValueError("neither threshold nor k is given: all pairs would be kept; give one")
+    if threshold is not None and math.isnan(threshold):
+        raise ValueError("threshold is not a number")
+    if k is not None and k < 1:
+        raise ValueError(f"k={k} is not positive")
+    if block is not None and block < 1:
+        raise ValueError(f"block={block} is not positive")
+    block = block or _PAIR_BLOCK
+    scores = _prepared(x[:0], metric).flatten()
+    ids = torch.empty(0, 2, dtype=torch.int64, device=x.device)
+    kept: list[tuple[Tensor, Tensor]] = []
+    floor = -math.inf if threshold is None else threshold
+    for top in range(0, len(x), block):
+        finite = x[top : top + block].isfinite().all(1)
+        if not bool(finite.all()):
+            raise ValueError(f"x[{top + int((~finite).nonzero()[0])}] is not finite")
+        left = _prepared(x[top : top + block], metric)
+        for start in range(top, len(x), block):
+            part = left if start == top else _prepared(x[start : start + block], metric)
+            tile = left @ part.T
+            wanted = tile >= floor
+            if start == top:
+                wanted = wanted.triu(1)
+            where = wanted.nonzero()
+            if not len(where):
+                continue
+            found = tile[wanted]
+            kept.append((found, where + where.new_tensor([top, start])))
+            if k is not None and sum(len(part) for part, _ in kept) >= k:
+                scores = torch.cat([scores, *(part for part, _ in kept)])
+                ids = torch.cat([ids, *(part for _, part in kept)])
+                scores, ids = _best_pairs(scores, ids, k)
+                kept.clear()
+                if len(scores) == k:
+                    floor = max(floor, float(scores[-1]))
+    scores = torch.cat([scores, *(part for part, _ in kept)])
+    ids = torch.cat([ids, *(part for _, part in kept)])
+    return MinedPairs(*_best_pairs(scores, ids, k))

@@ -3,9 +3,9 @@
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeVar
 
 from torch import Tensor
 
@@ -30,6 +30,9 @@ _WORD = re.compile(
     rf"[{_SCRIPTS_WITHOUT_SPACES}]+|[^\W_{_SCRIPTS_WITHOUT_SPACES}]+(?:['\u2019\-][^\W_]+)*"
 )
 _IDEOGRAPH = re.compile(rf"[{_SCRIPTS_WITHOUT_SPACES}]")
+
+StopWords = Literal["english"] | Collection[str] | None
+_Key = TypeVar("_Key", bound=Hashable)
 
 
 def words_of(text: str) -> list[str]:
@@ -74,12 +77,50 @@ class TopicTerms:
         return ", ".join(self.words[:3]) or f"cluster {self.label}"
 
 
+def stopped_words(stop_words: StopWords) -> frozenset[str]:
+    """Return the words that never name a cluster."""
+    if stop_words == "english":
+        return frozenset(_ENGLISH.split())
+    if isinstance(stop_words, str):
+        raise ValueError(
+            f"stop_words={stop_words!r}; pass 'english', a collection of words or None"
+        )
+    return frozenset(stop_words or ())
+
+
+def weighted_terms(
+    counts: Mapping[_Key, Counter[str]], k: int
+) -> dict[_Key, list[tuple[str, float]]]:
+    """Return the ``k`` words of highest c-TF-IDF of each group, best first, with their weights.
+
+    Args:
+        counts: How often each word occurs in each group.
+        k: Words for each group.
+
+    Example:
+        >>> counts = {0: Counter(red=1, apple=3), 1: Counter(red=1, car=1)}
+        >>> [[word for word, _ in terms] for terms in weighted_terms(counts, k=1).values()]
+        [['apple'], ['car']]
+    """
+    everywhere: Counter[str] = Counter()
+    for count in counts.values():
+        everywhere.update(count)
+    mean_words = everywhere.total() / max(len(counts), 1)
+    rarity = {word: math.log1p(mean_words / n) for word, n in everywhere.items()}
+    found: dict[_Key, list[tuple[str, float]]] = {}
+    for key, count in counts.items():
+        total = max(count.total(), 1)
+        weights = [(word, n / total * rarity[word]) for word, n in count.items()]
+        found[key] = sorted(weights, key=lambda term: (-term[1], term[0]))[:k]
+    return found
+
+
 def topic_terms(
     texts: Sequence[str],
     labels: Tensor | Sequence[int],
     k: int = 5,
     *,
-    stop_words: Literal["english"] | Collection[str] | None = "english",
+    stop_words: StopWords = "english",
     tokenize: Callable[[str], Iterable[str]] = words_of,
 ) -> list[TopicTerms]:
     """Name clusters by the words that are frequent in them and rare elsewhere (c-TF-IDF).
@@ -114,13 +155,7 @@ def topic_terms(
         raise ValueError(f"{len(texts)} texts came with {len(numbers)} labels")
     if k < 1:
         raise ValueError(f"k={k} is not positive")
-    if isinstance(stop_words, str) and stop_words != "english":
-        raise ValueError(
-            f"stop_words={stop_words!r}; pass 'english', a collection of words or None"
-        )
-    stopped: Collection[str] = (
-        frozenset(_ENGLISH.split()) if stop_words == "english" else frozenset(stop_words or ())
-    )
+    stopped = stopped_words(stop_words)
     counts: dict[int, Counter[str]] = {}
     sizes: Counter[int] = Counter()
     for text, label in zip(texts, numbers, strict=True):
@@ -128,18 +163,8 @@ def topic_terms(
             sizes[label] += 1
             words = (word for word in tokenize(text) if word not in stopped)
             counts.setdefault(label, Counter()).update(words)
-    everywhere: Counter[str] = Counter()
-    for count in counts.values():
-        everywhere.update(count)
-    mean_words = everywhere.total() / max(len(counts), 1)
     topics = []
-    for label in sorted(counts):
-        count = counts[label]
-        total = max(count.total(), 1)
-        weights = {
-            word: n / total * math.log1p(mean_words / everywhere[word]) for word, n in count.items()
-        }
-        best = sorted(weights, key=lambda word: (-weights[word], word))[:k]
-        scores = tuple(weights[word] for word in best)
-        topics.append(TopicTerms(label, sizes[label], tuple(best), scores))
+    for label, terms in sorted(weighted_terms(counts, k).items()):
+        words, scores = tuple(word for word, _ in terms), tuple(score for _, score in terms)
+        topics.append(TopicTerms(label, sizes[label], words, scores))
     return topics

@@ -31,6 +31,8 @@ class TokenModel(nn.Module):
         tokenizer: The tokenizer as it was given.
         name: What messages call the model.
         first_position: Position of a row's first token.
+        pad_id: Token written into padding.
+        row_tokenizer: Its copy that cuts at ``max_length``.
     """
 
     backbone: "PreTrainedModel"
@@ -58,7 +60,7 @@ class TokenModel(nn.Module):
             config.hidden_size // getattr(config, "num_attention_heads", 1)
         )
         pads = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
-        self._pad_id: int = next(i for i in pads if i is not None)
+        self.pad_id: int = next(i for i in pads if i is not None)
         self._budgets: dict[tuple[torch.device, torch.dtype], Budget] = {}
         self._attn: Attention = attn
         self._checked: tuple[object, str | None] = (None, None)
@@ -67,12 +69,14 @@ class TokenModel(nn.Module):
     @property
     def max_length(self) -> int:
         """Tokens after which a text is cut, special tokens included; may be set."""
-        return self._rows.max_length
+        return self.row_tokenizer.max_length
 
     @max_length.setter
     def max_length(self, value: int) -> None:
         value = _backbone.resolve_max_length(self.backbone, self.tokenizer, value)
-        self._rows = RowTokenizer(self.tokenizer, max_length=value, lower_case=self._lower_case)
+        self.row_tokenizer = RowTokenizer(
+            self.tokenizer, max_length=value, lower_case=self._lower_case
+        )
 
     @property
     def attention(self) -> AttentionPath:
@@ -136,7 +140,7 @@ class TokenModel(nn.Module):
             return "attn='padded' was asked for"
         kind = (self.backbone.device.type, self.backbone.dtype, self.max_length)
         if self._checked[0] != kind:
-            first, longest, pad = self.first_position, self.max_length, self._pad_id
+            first, longest, pad = self.first_position, self.max_length, self.pad_id
             why = adopt_packed_attention(
                 self.backbone, first_position=first, max_length=longest, pad_id=pad
             )
@@ -185,5 +189,5 @@ class TokenModel(nn.Module):
             )
         if self._why_padded() is None:
             return last_states(self.backbone, packed_inputs(batch))[0]
-        inputs = batch.padded(self._pad_id)
+        inputs = batch.padded(self.pad_id)
         return last_states(self.backbone, inputs)[inputs["attention_mask"].bool()]

@@ -9,7 +9,7 @@ from torch import Tensor
 _FORMAT = "torsh-text-vectors"
 
 
-def _replace(target: Path, content: bytes) -> None:
+def replace_file(target: Path, content: bytes) -> None:
     """Write a file so that no reader ever sees half of it."""
     temporary = target.with_name(f".{target.name}.{os.getpid()}")
     try:
@@ -75,4 +75,4 @@ def save_vectors(path: Path, vectors: Tensor, *, model: str, fingerprint: str) -
         "fingerprint": fingerprint,
         "blake2b": hashlib.blake2b(vectors.numpy().data, digest_size=16).hexdigest(),
     }
-    _replace(path, save({"vectors": vectors}, metadata=description))
+    replace_file(path, save({"vectors": vectors}, metadata=description))

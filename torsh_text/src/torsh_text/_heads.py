@@ -1,0 +1,214 @@
+"""Heads of sequence classifiers, fed with the states of packed rows."""
+
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ._attention import last_states
+from ._packing import PackedBatch
+from ._pooling import pool_packed
+from ._selfcheck import _check_rows
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Head:
+    """How a classifier of transformers comes from token states to logits.
+
+    Attributes:
+        reads: Which state of a row the head reads: that of the first or the last token, or the
+            mean.
+        logits: The layers of the head, from that state ``(rows, hidden)`` to ``(rows, labels)``.
+    """
+
+    reads: Literal["first", "last", "mean"]
+    logits: Callable[[Tensor], Tensor]
+
+
+def find_head(model: "PreTrainedModel") -> Head | None:
+    """Recognise the head of a classifier by its layers; None for one that is not known.
+
+    Known are those of BERT (pooler and classifier) and its relatives, RoBERTa and ELECTRA (a
+    classification head of its own), DistilBERT, ModernBERT and the causal models (``score``). A
+    family that looks the same and computes something else is found out by :func:`check_head`.
+    """
+    layers: dict[str, Any] = dict(model.named_children())
+    classifier = layers.get("classifier")
+    pooler = getattr(model.base_model, "pooler", None)
+    if isinstance(layers.get("score"), nn.Linear):
+        return Head("last", layers["score"])
+    if classifier is None:
+        return None
+    if "pre_classifier" in layers:
+        before, dropout = layers["pre_classifier"], layers["dropout"]
+        return Head("first", lambda x: classifier(dropout(F.relu(before(x)))))
+    if "head" in layers and "drop" in layers:
+        reads = "mean" if model.config.classifier_pooling == "mean" else "first"
+        head, dropout = layers["head"], layers["drop"]
+        return Head(reads, lambda x: classifier(dropout(head(x))))
+    if not isinstance(classifier, nn.Linear):
+        return Head("first", lambda x: classifier(x.unsqueeze(1)))
+    if pooler is None:
+        return None
+    dropout = layers.get("dropout", nn.Identity())
+    if isinstance(pooler, nn.Linear):  # ALBERT
+        activation: Any = model.base_model.pooler_activation
+        return Head("first", lambda x: classifier(dropout(activation(pooler(x)))))
+    return Head("first", lambda x: classifier(dropout(pooler(x.unsqueeze(1)))))
+
+
+def _last_tokens(batch: PackedBatch, pad_id: int | None) -> Tensor:
+    """Index of each row's last token that is no padding token, as transformers looks for it."""
+    offsets = batch.cu_seqlens.long()
+    starts = offsets[:-1]
+    if pad_id is None:
+        return offsets[1:] - 1
+    place = torch.arange(batch.num_tokens, device=batch.device)
+    row_starts = torch.repeat_interleave(starts, offsets.diff(), output_size=batch.num_tokens)
+    rows = torch.repeat_interleave(
+        torch.arange(len(batch), device=batch.device), offsets.diff(), output_size=batch.num_tokens
+    )
+    candidates = torch.where(batch.input_ids[0] == pad_id, row_starts, place)
+    return starts.scatter_reduce(0, rows, candidates, "amax")
+
+
+def head_logits(head: Head, states: Tensor, batch: PackedBatch, pad_id: int | None) -> Tensor:
+    """Logits ``(rows, labels)`` from the token states of a packed batch; gradients flow.
+
+    Args:
+        head: What :func:`find_head` found.
+        states: ``(tokens, hidden)``.
+        batch: The rows.
+        pad_id: Padding token of the model's configuration.
+    """
+    if head.reads == "mean":
+        pooled = pool_packed(states, batch.cu_seqlens, ("mean",)).to(states.dtype)
+    elif head.reads == "first":
+        pooled = states[batch.cu_seqlens[:-1].long()]
+    else:
+        pooled = states[_last_tokens(batch, pad_id)]
+    return head.logits(pooled)
+
+
+@torch.no_grad()
+def check_head(
+    model: "PreTrainedModel", head: Head | None, *, pad_id: int, first_position: int, longest: int
+) -> str | None:
+    """Compare a head fed from packed states with the classifier of transformers.
+
+    Four ragged random rows run through the padded model; then the states that its backbone gave
+    for the real tokens run through the head. The same numbers in another order: float32 has to
+    agree to 1e-4 of the largest logit, half precision to 2e-2.
+
+    Returns:
+        None if they agree, else what is wrong.
+    """
+    if head is None:
+        return f"the head of {type(model).__name__} is not one that reads packed rows"
+    vocab_size: int = model.config.get_text_config().vocab_size
+    rows = _check_rows(vocab_size, pad_id, min(48, longest))
+    batch = PackedBatch.pack(rows, first_position=first_position).to(model.device)
+    inputs = batch.padded(pad_id)
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        with torch.autocast(model.device.type, enabled=False):
+            expected = model(**inputs).logits.float()
+            backbone = cast("PreTrainedModel", model.base_model)
+            states = last_states(backbone, inputs)[inputs["attention_mask"].bool()]
+            found = head_logits(head, states, batch, pad_id).float()
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # any model's code runs here; whatever it raises, padding works
+        logger.debug("head check", exc_info=True)
+        return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"
+    finally:
+        for module, training in modes:
+            module.training = training
+    if found.shape != expected.shape:
+        return f"the head gives {tuple(found.shape)}, the model {tuple(expected.shape)}"
+    error = ((found - expected).abs().max() / expected.abs().max().clamp_min(1e-9)).item()
+    limit = 1e-4 if model.dtype == torch.float32 else 2e-2
+    if model.device.type == "cuda" and torch.get_float32_matmul_precision() != "highest":
+        limit = max(limit, 5e-3)
+    return None if error <= limit else f"logits from packed rows are off by {error:.1e}"
+
+
+def _placeholders(names: Mapping[int, str]) -> bool:
+    return all(str(name) == f"LABEL_{index}" for index, name in names.items())
+
+
+def _renew_head(model: "PreTrainedModel") -> None:
+    """Draw all weights outside the transformer anew."""
+    for layer in model.children():
+        if layer is not model.base_model:
+            for module in layer.modules():
+                if callable(reset := getattr(module, "reset_parameters", None)):
+                    reset()
+
+
+def load_classifier(
+    folder: Path,
+    *,
+    labels: list[str] | None,
+    multi_label: bool,
+    seed: int,
+    dtype: torch.dtype,
+    trust_remote_code: bool,
+) -> "PreTrainedModel":
+    """Load a classifier on the CPU; with ``labels``, make what its head lacks from the seed."""
+    from transformers import AutoConfig, AutoModelForSequenceClassification
+    from transformers.utils import logging as hf_logging
+
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    kept = labels is None
+    if labels is not None:
+        old = cast("Mapping[int, str]", config.id2label)
+        kept = list(old.values()) == labels or (len(old) == len(labels) and _placeholders(old))
+        config.id2label = dict(enumerate(labels))
+        config.label2id = {name: index for index, name in enumerate(labels)}
+        config.problem_type = (
+            "multi_label_classification" if multi_label else "single_label_classification"
+        )
+    shown, level = hf_logging.is_progress_bar_enabled(), hf_logging.get_verbosity()
+    hf_logging.disable_progress_bar()
+    hf_logging.set_verbosity_error()  # what is missing is said below
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            model, report = AutoModelForSequenceClassification.from_pretrained(
+                folder,
+                config=config,
+                dtype=dtype,
+                trust_remote_code=trust_remote_code,
+                ignore_mismatched_sizes=labels is not None,
+                output_loading_info=True,
+            )
+            if not kept:
+                _renew_head(model)
+    finally:
+        hf_logging.set_verbosity(level)
+        if shown:
+            hf_logging.enable_progress_bar()
+    inside = f"{model.base_model_prefix}."
+    missing = sorted(report["missing_keys"])
+    if labels is not None:
+        missing = [key for key in missing if key.startswith(inside) and "pooler." not in key]
+    if missing:
+        raise ValueError(
+            f"the weights in {folder} lack {len(missing)} tensors of {type(model).__name__}"
+            f" (first: {missing[0]!r}); they would be random. Pass labels=[...] to train a new head"
+            if labels is None
+            else f"the weights in {folder} lack {missing[0]!r} of the transformer itself"
+        )
+    return model.eval()
