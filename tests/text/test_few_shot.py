@@ -263,4 +263,4 @@ def test_fine_tuning_helps_on_real_questions(minilm, text_data):
     examples = a_few(rows[300:], 8)
     plain = FewShot(minilm).fit(*examples)
     tuned = FewShot(minilm, finetune=True).fit(*examples, steps=40)
-    assert accuracy(tuned, rows[:300]) > accuracy(plain, rows[:300])
+    assert accuracy(tuned, rows[:300]) > accuracy(plain, rows[:300]) + 0.1  # seen: 0.31

@@ -356,3 +356,15 @@ def test_a_real_chat_model():
     assert "Paris" in answers[0].text
     assert answers[0].finished
     assert all("<|" not in answer.text for answer in answers)
+
+
+@pytest.mark.gpu
+def test_the_gpu_writes_the_same():
+    texts = words([3, 17, 1, 8, 30, 5])
+    for family in ("llama", "t5"):
+        found = generator(family)
+        expected = found.generate(texts, max_new_tokens=6)
+        sampled = found.generate(texts, max_new_tokens=6, temperature=1.0, seed=3)
+        found.to("cuda")
+        assert found.generate(texts, max_new_tokens=6) == expected
+        assert found.generate(texts, max_new_tokens=6, temperature=1.0, seed=3) == sampled

@@ -169,3 +169,10 @@ def test_a_real_model_that_copies_gets_nothing_through(minilm):
     for one in found:
         assert one.overlap <= 0.7
         assert one.similarity >= 0.8
+
+
+def test_no_limit_lets_copies_and_cut_answers_through(minilm):
+    cut = Generation("The firm is going to employ engineers and", 9, False, False)
+    script = Script([TEXT, TEXT.upper(), f'"{TEXT}"', cut, "", GOOD[0]])
+    found = Paraphraser(script, minilm).generate(TEXT, min_similarity=-1, max_overlap=1)
+    assert [one.text for one in found] == [GOOD[0]]

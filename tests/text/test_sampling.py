@@ -53,3 +53,9 @@ def test_samples_follow_the_distribution(temperature, top_p):
         expected = torch.tensor([expected[0], expected[1], 0, 0, 0]) / expected[:2].sum()
     # 5 standard deviations
     assert ((found - expected).abs() <= 5 * (expected * (1 - expected) / n).sqrt()).all()
+
+
+@pytest.mark.gpu
+def test_noise_is_the_same_on_the_gpu():
+    keys = torch.tensor([stream_key(0, [1, 2], i) for i in range(9)])
+    assert torch.equal(uniform_noise(keys.cuda(), 3, 1000).cpu(), uniform_noise(keys, 3, 1000))

@@ -120,8 +120,8 @@ def test_beats_first_and_random_sentences_on_reviews(minilm, text_data):
     parts = vectors.split([len(found) for found in split])
     for method in ("lexrank", "mmr", "facility"):
         reached = score(lambda i, n, by=method: _choose(parts[i], 2, 0.3, by)[0])
-        print(method, reached, first, chance)
-        assert reached > 1.15 * max(first, chance), (method, reached, first, chance)
+        # measured: 1.17 to 1.19 times
+        assert reached > 1.1 * max(first, chance), (method, reached, first, chance)
 
 
 def test_short_texts_are_written_in_one_piece(first_word):

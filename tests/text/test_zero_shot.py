@@ -316,7 +316,7 @@ def test_loads_by_what_a_folder_holds(tmp_path, minilm_path):
 
 
 def test_real_questions_and_reviews(minilm, text_data):
-    """Chance is 0.17 of six kinds of questions and 0.5 of two moods."""
+    """Seen: 0.56 of six kinds of questions (chance 0.17) and 0.67 of two moods (chance 0.5)."""
     zero = ZeroShot(minilm)
     rows = random.Random(7).sample(read_trec(text_data), 200)
     names = {sentence: kind for kind, sentence in TOPICS.items()}
@@ -324,12 +324,10 @@ def test_real_questions_and_reviews(minilm, text_data):
         [text for text, _ in rows], list(names), template="The answer to this question is {}."
     )
     right = sum(names[label.name] == kind for label, (_, kind) in zip(found, rows, strict=True))
-    print("trec", right / 200)
-    assert right / 200 >= 0.30
+    assert right / 200 >= 0.48
     rows = read_sst2(text_data, "dev")[:200]
     found = zero.predict(
         [text for text, _ in rows], ["positive", "negative"], template="This movie review is {}."
     )
     right = sum(label.name == mood for label, (_, mood) in zip(found, rows, strict=True))
-    print("sst2", right / 200)
     assert right / 200 >= 0.6

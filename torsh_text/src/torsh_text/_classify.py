@@ -17,9 +17,9 @@ from ._labels import Label, check_ranking, checked_names, ranked
 from ._packing import PackedBatch
 from ._runtime import check_max_tokens, join_pieces, progress_bar, tokenized_windows
 from ._saving import write_json
-from ._staging import staged_folder
 from ._token_model import Attention, TokenModel
 from ._tokenizing import Long, checked_texts
+from ._writing import staged_folder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

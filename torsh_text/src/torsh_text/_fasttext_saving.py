@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from ._fasttext_file import FastTextModel
+from ._writing import write_bytes
 
 _FORMAT = "torsh-text-language"
 _VERSION = "1"
@@ -60,15 +60,7 @@ def save_fasttext(path: Path, model: FastTextModel, languages: Sequence[str] | N
         "blake2b": _checksum(arrays, settings),
     }
     content = save(arrays, metadata=metadata)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with temporary.open("wb") as handle:
-            handle.write(content)
-            handle.flush()
-            os.fsync(handle.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_bytes(path, content)
 
 
 def load_fasttext(path: Path) -> tuple[FastTextModel, list[str] | None]:

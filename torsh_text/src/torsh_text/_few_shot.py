@@ -18,8 +18,8 @@ from ._labels import Label, check_ranking, checked_names, ranked
 from ._packing import PackedBatch
 from ._probe import fit_probe
 from ._saving import write_json
-from ._staging import staged_folder
 from ._tokenizing import Long, checked_texts
+from ._writing import staged_folder
 
 _FORMAT = "torsh-text few-shot"
 _VERSION = 1

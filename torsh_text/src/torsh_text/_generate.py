@@ -59,12 +59,7 @@ class Generator(nn.Module):
         model: The model.
         tokenizer: The tokenizer as it was given.
         chat: Whether texts go through a chat template.
-        max_length: See above.
-
-    Example:
-        >>> generator = Generator.from_pretrained("google/flan-t5-base")  # doctest: +SKIP
-        >>> generator.generate("Translate to German: Good morning.").text  # doctest: +SKIP
-        'Guten Morgen.'
+        max_length: Tokens a prompt may have; may be set.
     """
 
     def __init__(

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ._attention import last_states
 from ._packing import PackedBatch
 from ._pooling import pool_packed
-from ._selfcheck import _check_rows
+from ._selfcheck import check_rows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -116,7 +116,7 @@ def check_head(
     if head is None:
         return f"the head of {type(model).__name__} is not one that reads packed rows"
     vocab_size: int = model.config.get_text_config().vocab_size
-    rows = _check_rows(vocab_size, pad_id, min(48, longest))
+    rows = check_rows(vocab_size, pad_id, min(48, longest))
     batch = PackedBatch.pack(rows, first_position=first_position).to(model.device)
     inputs = batch.padded(pad_id)
     modes = [(module, module.training) for module in model.modules()]

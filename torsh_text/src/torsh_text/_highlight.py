@@ -2,13 +2,13 @@
 
 import colorsys
 import os
-import tempfile
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 from typing import cast
 
 from ._tagging import Entity
+from ._writing import write_bytes
 
 _GOLDEN = 0.618034  # hues this far apart stay apart, however many there are
 
@@ -147,16 +147,5 @@ def write_highlight(
         title: As for :func:`highlight`.
     """
     page = highlight(text, entities, title=title)
-    target = Path(path)
-    handle, temporary = tempfile.mkstemp(prefix=f".{target.name}-", dir=target.parent)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            # a lone surrogate has no UTF-8; as a reference the browser shows its replacement
-            file.write(page.encode("utf-8", "xmlcharrefreplace"))
-            file.flush()
-            os.fsync(file.fileno())
-        Path(temporary).chmod(0o644)
-        Path(temporary).replace(target)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    # a lone surrogate has no UTF-8; as a reference the browser shows its replacement
+    write_bytes(Path(path), page.encode("utf-8", "xmlcharrefreplace"))

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from ._runtime import progress_bar
+from ._writing import replacing
 
 _FORMAT = "torsh-text-partial"
 
@@ -166,15 +168,7 @@ def _windows(
 
 
 def _without_header(partial: Path, out: Path) -> None:
-    temporary = out.with_name(f".{out.name}.{os.getpid()}")
-    try:
-        with temporary.open("wb") as file, partial.open("rb") as rows:
-            rows.readline()
-            while block := rows.read(2**20):
-                file.write(block)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(out)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with replacing(out) as file, partial.open("rb") as rows:
+        rows.readline()
+        shutil.copyfileobj(rows, file)
     partial.unlink()

@@ -1,31 +1,15 @@
 """Writing a model folder that transformers and sentence-transformers read."""
 
-import json
-import os
-import shutil
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from torch import nn
 
 from ._backbone import Dense
+from ._writing import staged_folder, write_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write JSON for people to read."""
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def write_model(
@@ -45,9 +29,7 @@ def write_model(
     """Write beside the final place, then move each file in: no file is ever half there."""
     from safetensors.torch import save_file
 
-    folder.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    try:
+    with staged_folder(folder) as staging:
         backbone.save_pretrained(staging)
         tokenizer.save_pretrained(staging)
         kind = "sentence_transformers.models."
@@ -90,13 +72,3 @@ def write_model(
             {"prompts": prompts, "default_prompt_name": default_prompt},
         )
         write_json(staging / "modules.json", modules)
-        for path in sorted(staging.rglob("*")):
-            target = folder / path.relative_to(staging)
-            if path.is_dir():
-                target.mkdir(exist_ok=True)
-            else:
-                _sync(path)
-                path.replace(target)
-        _sync(folder)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)

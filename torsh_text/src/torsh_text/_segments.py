@@ -14,6 +14,8 @@ from pathlib import Path
 
 import numpy as np
 
+from ._writing import sync
+
 VERSION = 1
 KEYS, VECTORS = ".keys", ".vectors"
 MAGIC = {KEYS: b"\x89TTKEYS\n", VECTORS: b"\x89TTVECS\n"}
@@ -57,15 +59,6 @@ def _write_all(handle: int, view: memoryview, offset: int) -> None:
     while len(view):
         written = os.pwrite(handle, view, offset)
         view, offset = view[written:], offset + written
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make new and changed names in a folder survive a power failure."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def row_checksums(records: np.ndarray, vectors: np.ndarray) -> np.ndarray:
@@ -159,7 +152,7 @@ class Segment:
                 finally:
                     os.close(handle)
             hidden.rename(path)
-            _sync_folder(folder)
+            sync(folder)
         except OSError:
             for target in (path, hidden, path.with_suffix(VECTORS)):
                 target.unlink(missing_ok=True)

@@ -33,7 +33,7 @@ def attention_dropout(backbone: "PreTrainedModel") -> float:
     return max(float(getattr(backbone.config, name, None) or 0.0) for name in names)
 
 
-def _check_rows(vocab_size: int, pad_id: int, longest: int) -> list[list[int]]:
+def check_rows(vocab_size: int, pad_id: int, longest: int) -> list[list[int]]:
     generator = torch.Generator().manual_seed(0)
     rows = []
     for length in (min(33, longest), min(5, longest), longest, min(17, longest)):
@@ -42,7 +42,7 @@ def _check_rows(vocab_size: int, pad_id: int, longest: int) -> list[list[int]]:
     return rows
 
 
-def _disagreement(packed: Tensor, padded: Tensor) -> str | None:
+def disagreement(packed: Tensor, padded: Tensor) -> str | None:
     """Compare token states ``(tokens, dim)`` of both ways; say what is wrong, or None.
 
     float32 has to agree to 1e-4 of the largest value: rounding stays below 1e-5, a row that sees
@@ -103,7 +103,7 @@ def _compare(backbone: "PreTrainedModel", batch: PackedBatch, pad_id: int) -> st
         return f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"
     finally:
         backbone.set_attn_implementation("sdpa")
-    return _disagreement(packed, padded)
+    return disagreement(packed, padded)
 
 
 def adopt_packed_attention(
@@ -129,7 +129,7 @@ def adopt_packed_attention(
     config_text = config.to_json_string()
     key = (type(backbone), config_text, weight.device.type, weight.dtype, longest, first_position)
     if key not in _verdicts:
-        rows = _check_rows(config.get_text_config().vocab_size, pad_id, longest)
+        rows = check_rows(config.get_text_config().vocab_size, pad_id, longest)
         batch = PackedBatch.pack(rows, first_position=first_position)
         modes = [(module, module.training) for module in backbone.modules()]
         backbone.eval()

@@ -2,9 +2,6 @@
 
 import hashlib
 import json
-import os
-import shutil
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from ._crf import CRF
-from ._saving import write_json
 from ._spans import Scheme, TagScheme
+from ._writing import staged_folder, write_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -49,9 +46,8 @@ def write_tagger(
     """Write beside the final place, then move each file in, the settings last."""
     from safetensors.torch import save
 
-    folder.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    try:
+    # last the settings: until then the old ones refuse a CRF that is not theirs
+    with staged_folder(folder, last=_SETTINGS) as staging:
         model.save_pretrained(staging)
         tokenizer.save_pretrained(staging)
         settings: dict[str, Any] = {"format": _FORMAT, "version": _VERSION, "scheme": scheme.name}
@@ -64,20 +60,8 @@ def write_tagger(
             (staging / _WEIGHTS).write_bytes(content)
             settings["crf"] = {"file": _WEIGHTS, "blake2b": _checksum(content)}
         write_json(staging / _SETTINGS, settings)
-        # last the settings: until then the old ones refuse a CRF that is not theirs
-        for path in sorted(staging.iterdir(), key=lambda path: path.name == _SETTINGS):
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
-            path.replace(folder / path.name)
-        if crf is None:
-            (folder / _WEIGHTS).unlink(missing_ok=True)
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
+    if crf is None:
+        (folder / _WEIGHTS).unlink(missing_ok=True)
 
 
 def read_settings(folder: Path) -> TaggerSettings | None:

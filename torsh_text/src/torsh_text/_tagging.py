@@ -17,7 +17,7 @@ from ._attention import packed_inputs
 from ._crf import CRF
 from ._packing import PackedBatch
 from ._runtime import WINDOW, check_max_tokens, progress_bar
-from ._selfcheck import _disagreement
+from ._selfcheck import disagreement
 from ._spans import Scheme, TagScheme, legal_paths
 from ._tagger_files import read_settings, write_tagger
 from ._token_heads import label_names, load_token_model
@@ -459,23 +459,11 @@ class Tagger(TokenModel):
         finally:
             for module, training in modes:
                 module.training = training
-        why = _disagreement(together, apart)
+        why = disagreement(together, apart)
         return None if why is None else f"its head does not hand the rows on ({why})"
 
     def _logits(self, inputs: dict[str, Any]) -> Tensor:
         return self.model(**inputs).logits.float()
-
-    def _check_batch(self, batch: PackedBatch) -> None:
-        if batch.first_position != self.first_position:
-            raise ValueError(
-                f"the batch counts positions from {batch.first_position}, {self.name} from"
-                f" {self.first_position}; make batches with tagger.collate(examples)"
-            )
-        limit = _backbone.longest_row(self.backbone)
-        if limit is not None and batch.max_length > limit:
-            raise ValueError(
-                f"a row has {batch.max_length} tokens, the model has {limit} positions"
-            )
 
     def _joined(
         self, examples: Iterable[tuple[Sequence[str], Sequence[str]]]

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from torch import Tensor, nn
 
 from . import _backbone
-from ._attention import AttentionPath, last_states, packed_inputs, packed_path
+from ._attention import ATTENTION, AttentionPath, last_states, packed_inputs, packed_path
 from ._packing import PackedBatch
 from ._runtime import Budget, compute_rows, default_max_tokens
 from ._selfcheck import adopt_packed_attention, attention_dropout, longest_window
@@ -139,7 +139,10 @@ class TokenModel(nn.Module):
         if self._attn == "padded":
             return "attn='padded' was asked for"
         kind = (self.backbone.device.type, self.backbone.dtype, self.max_length)
-        if self._checked[0] != kind:
+        known = self._checked[0] == kind
+        if known and self._checked[1] is None:  # somebody may have switched it since
+            known = self.backbone.config._attn_implementation == ATTENTION
+        if not known:
             first, longest, pad = self.first_position, self.max_length, self.pad_id
             why = adopt_packed_attention(
                 self.backbone, first_position=first, max_length=longest, pad_id=pad
@@ -177,17 +180,21 @@ class TokenModel(nn.Module):
 
     def _token_states(self, batch: PackedBatch) -> Tensor:
         """Token states ``(tokens, hidden)`` of a packed batch."""
+        self._check_batch(batch)
+        if self._why_padded() is None:
+            return last_states(self.backbone, packed_inputs(batch))[0]
+        inputs = batch.padded(self.pad_id)
+        return last_states(self.backbone, inputs)[inputs["attention_mask"].bool()]
+
+    def _check_batch(self, batch: PackedBatch) -> None:
+        """Refuse a batch whose positions are not the model's."""
         if batch.first_position != self.first_position:
             raise ValueError(
                 f"the batch counts positions from {batch.first_position}, {self.name} from"
-                f" {self.first_position}; make batches with {self._kind}.pack(texts)"
+                f" {self.first_position}; make batches with the {self._kind} itself"
             )
         limit = _backbone.longest_row(self.backbone)
         if limit is not None and batch.max_length > limit:
             raise ValueError(
                 f"a row has {batch.max_length} tokens, the model has {limit} positions"
             )
-        if self._why_padded() is None:
-            return last_states(self.backbone, packed_inputs(batch))[0]
-        inputs = batch.padded(self.pad_id)
-        return last_states(self.backbone, inputs)[inputs["attention_mask"].bool()]

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ._vectors import replace_file
+from ._writing import write_bytes
 
 _FORMAT = "torsh-text-topics"
 _VERSION = "1"
@@ -41,7 +41,7 @@ def write_topics(path: Path, tensors: dict[str, Tensor], note: dict[str, Any]) -
     content = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
     content["json"] = torch.from_numpy(np.frombuffer(text, np.uint8).copy())
     description = {"format": _FORMAT, "version": _VERSION, "blake2b": _checksum(content)}
-    replace_file(path, save(content, metadata=description))
+    write_bytes(path, save(content, metadata=description))
 
 
 def read_topics(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:

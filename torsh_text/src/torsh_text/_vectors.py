@@ -1,25 +1,13 @@
 """Vectors in one safetensors file, with what they are in its metadata."""
 
 import hashlib
-import os
 from pathlib import Path
 
 from torch import Tensor
 
+from ._writing import write_bytes
+
 _FORMAT = "torsh-text-vectors"
-
-
-def replace_file(target: Path, content: bytes) -> None:
-    """Write a file so that no reader ever sees half of it."""
-    temporary = target.with_name(f".{target.name}.{os.getpid()}")
-    try:
-        with temporary.open("wb") as handle:
-            handle.write(content)
-            handle.flush()
-            os.fsync(handle.fileno())
-        temporary.replace(target)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _holds_vectors(path: Path) -> bool:
@@ -75,4 +63,4 @@ def save_vectors(path: Path, vectors: Tensor, *, model: str, fingerprint: str) -
         "fingerprint": fingerprint,
         "blake2b": hashlib.blake2b(vectors.numpy().data, digest_size=16).hexdigest(),
     }
-    replace_file(path, save({"vectors": vectors}, metadata=description))
+    write_bytes(path, save({"vectors": vectors}, metadata=description))

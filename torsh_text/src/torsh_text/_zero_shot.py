@@ -18,7 +18,7 @@ from ._label_likelihood import check_tree, label_likelihoods, likelihoods_one_by
 from ._labels import Label, check_ranking, checked_names, ranked
 from ._runtime import check_max_tokens, default_max_tokens
 from ._similarity import similarity
-from ._tokenizing import Long, _named_surrogates, checked_texts
+from ._tokenizing import Long, checked_texts, named_surrogates
 
 Via = Literal["auto", "nli", "embed", "lm"]
 TEMPLATE = "This text is about {}."
@@ -288,7 +288,7 @@ class ZeroShot:
             )
         found: list[list[int]] = []
         cut = 0
-        with _named_surrogates(texts):
+        with named_surrogates(texts):
             tokens = [self._ids(text, plain=True) for text in texts]
         for index, (text, ids) in enumerate(zip(texts, tokens, strict=True)):
             if len(ids) > room:
