@@ -250,6 +250,69 @@ def full_disk(folder: Path) -> dict[str, int]:
     return {"refused": refused}
 
 
+def disk_full_under_a_reader(folder: Path) -> dict[str, int]:
+    """Fill the disk in the middle of the records while another process maps those written."""
+    store(EmbeddingCache(folder), range(10))
+    (asks, tell), (hears, answer) = os.pipe(), os.pipe()
+
+    def read():
+        cache = EmbeddingCache(folder, readonly=True)
+        for _ in range(2):  # between two writes of the writer, and when it has given up
+            os.read(asks, 1)
+            seen = known(cache, range(400))
+            os.write(answer, len(seen).to_bytes(2, "little"))
+
+    def ask() -> int:
+        os.write(tell, b"!")
+        return int.from_bytes(os.read(hears, 2), "little")
+
+    reader = child(read)
+    during = []
+    fsync, pwrite = os.fsync, os.pwrite
+
+    def limited_fsync(handle):
+        fsync(handle)  # the vectors are through
+        resource.setrlimit(resource.RLIMIT_FSIZE, (128 + 300 * 32 + 5, resource.RLIM_INFINITY))
+
+    def watched_pwrite(handle, data, offset):
+        written = pwrite(handle, data, offset)
+        if written < len(data):
+            during.append(ask())
+        return written
+
+    cache = EmbeddingCache(folder)
+    os.fsync, os.pwrite = limited_fsync, watched_pwrite
+    refused = ""
+    try:
+        store(cache, range(10, 400))
+    except OSError as error:
+        refused = str(error)
+    os.fsync, os.pwrite = fsync, pwrite
+    resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    after = ask()
+    _, status = os.waitpid(reader, 0)
+    assert "is full: File too large" in refused, refused
+    assert cache.verify() == []
+    kept = len(known(cache, range(500)))
+    store(cache, range(500))
+    assert known(EmbeddingCache(folder), range(500)) == set(range(500))
+    assert cache.verify() == []
+    rows = cache.stats().rows
+    return {"status": status, "during": during[0], "after": after, "kept": kept, "rows": rows}
+
+
+def file_cut_under_a_reader(folder: Path) -> dict[str, int]:
+    """Cut a file that this process has mapped: it must read what is left, not die."""
+    cache = EmbeddingCache(folder)
+    store(cache, range(400))
+    assert len(known(cache, range(400))) == 400
+    (path,) = folder.glob("*.vectors")
+    os.truncate(path, 128 + 100 * DIM * 4)
+    left = len(known(cache, range(400)))
+    store(cache, range(400))
+    return {"left": left, "known": len(known(cache, range(400)))}
+
+
 def read_only_folder(folder: Path) -> dict[str, str]:
     """Use a folder that this user may not write."""
     cache = EmbeddingCache(folder / "cache")
@@ -276,6 +339,8 @@ if __name__ == "__main__":
         "writers": writers,
         "small_writers": lambda folder: writers(folder, 150 * ROW),
         "full_disk": full_disk,
+        "disk_full_under_a_reader": disk_full_under_a_reader,
+        "file_cut_under_a_reader": file_cut_under_a_reader,
         "read_only_folder": read_only_folder,
     }
     print(json.dumps(jobs[sys.argv[1]](Path(sys.argv[2]))))

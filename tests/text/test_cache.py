@@ -505,6 +505,15 @@ def test_a_full_disk_leaves_the_cache_whole(tmp_path):
     assert in_process("full_disk", tmp_path / "cache") == {"refused": 9}
 
 
+def test_a_disk_that_fills_does_not_kill_a_reader(tmp_path):
+    found = in_process("disk_full_under_a_reader", tmp_path)
+    assert found == {"status": 0, "during": 300, "after": 300, "kept": 300, "rows": 500}
+
+
+def test_a_file_that_is_cut_does_not_kill_a_reader(tmp_path):
+    assert in_process("file_cut_under_a_reader", tmp_path) == {"left": 100, "known": 400}
+
+
 def test_a_folder_that_may_not_be_written(tmp_path):
     with tempfile.TemporaryDirectory() as folder:  # pytest's own are closed to other users
         Path(folder).chmod(0o755)

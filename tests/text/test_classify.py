@@ -50,7 +50,7 @@ def test_what_predict_gives_back(tiny):
     (two,) = tiny.predict(["w5 w6"], top_k=2)
     assert two[0] == one
     assert two[0].score >= two[1].score
-    (every,) = tiny.predict(["w5 w6"], top_k=9)
+    (every,) = tiny.predict(["w5 w6"], top_k=3)
     assert sum(label.score for label in every) == pytest.approx(1, abs=1e-6)
     assert tiny.predict("w5 w6", top_k=2) == two
     assert tiny.predict([]) == []
@@ -104,7 +104,8 @@ def test_long_texts(tiny):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"top_k": 0}, "top_k=0 is not positive"),
+        ({"top_k": 0}, "top_k=0 is not between 1 and the 3 labels"),
+        ({"top_k": 4}, "top_k=4 is not between 1 and the 3 labels"),
         ({"threshold": 2}, "threshold=2 is not a number between 0 and 1"),
         ({"long": "cut"}, "long='cut' is none of"),
         ({"max_tokens": 2}, "max_tokens=2 is less than the 3 tokens"),
@@ -206,6 +207,15 @@ def test_new_labels_keep_a_head_only_if_it_is_theirs(tiny, tmp_path):
     tiny.model.config.id2label = {i: f"LABEL_{i}" for i in range(3)}
     tiny.save_pretrained(tmp_path)
     assert torch.equal(weight(["cat", "dog", "cow"]), old)
+    tiny.model.config.problem_type = "multi_label_classification"
+    tiny.save_pretrained(tmp_path)
+    for labels, several, problem in (
+        (["cat", "dog", "cow"], False, "multi_label_classification"),
+        (["cat", "dog"], False, "single_label_classification"),
+        (["cat", "dog"], True, "multi_label_classification"),
+    ):
+        found = Classifier.from_pretrained(tmp_path, labels, multi_label=several, device="cpu")
+        assert found.model.config.problem_type == problem
     for labels, message in (
         (["a", "a"], "more than once"),
         ([], "has 0 names"),

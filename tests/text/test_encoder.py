@@ -9,7 +9,7 @@ import torch
 from scipy.stats import spearmanr
 from transformers import BertConfig, BertModel
 
-from tests.text.architectures import VOCAB, make_model, make_tokenizer, random_texts
+from tests.text.architectures import PACKED, VOCAB, make_model, make_tokenizer, random_texts
 from torsh_text import EmbeddingCache, Encoder, _backbone
 from torsh_text._backbone import Dense
 
@@ -206,11 +206,36 @@ def test_refuses_training_mode(tiny):
             call(["w5"])
 
 
+def test_refuses_training_mode_of_a_part(tiny, tmp_path):
+    tiny.backbone.train()
+    with pytest.raises(RuntimeError, match="'backbone' of the encoder is in training mode"):
+        tiny.encode(["w5"], cache=tmp_path / "none")
+    assert not (tmp_path / "none").exists()
+    tiny.eval().backbone.encoder.layer[1].train()
+    with pytest.raises(RuntimeError, match=r"'backbone\.encoder\.layer\.1' of the encoder"):
+        tiny.token_embeddings(["w5"])
+
+
 def test_refuses_what_is_not_finite(tiny):
     with torch.no_grad():
         tiny.backbone.embeddings.word_embeddings.weight[77] = float("nan")
+    texts = ["w5", "w5", "w6 w77", "w77 w5 w5"]
     with pytest.raises(RuntimeError, match=r"texts\[2\] is not finite"):
-        tiny.encode(["w5", "w5", "w6 w77", "w77"])
+        tiny.encode(texts)
+    with pytest.raises(RuntimeError, match=r"a token state of texts\[3\] is not finite"):
+        tiny.token_embeddings(texts)  # the longest first
+    with pytest.raises(RuntimeError, match=r"a token state of texts\[2\] is not finite"):
+        tiny.token_embeddings(texts[:3])
+
+
+def test_surrogates_are_named_by_the_place_the_caller_knows(tiny, monkeypatch):
+    monkeypatch.setattr("torsh_text._runtime.WINDOW", 4)
+    texts = [*["w5"] * 10, "w6 \ud800"]
+    for call in (tiny.encode, tiny.token_embeddings, tiny.pack):
+        with pytest.raises(ValueError, match=r"texts\[10\] holds a lone surrogate at character 3"):
+            call(texts)
+    with pytest.raises(ValueError, match=r"texts\[0\] holds a lone surrogate at character 3"):
+        tiny.encode(texts[10], prompt="w7 ")
 
 
 @pytest.mark.parametrize("bad", [None, 3.5, b"x"])
@@ -260,6 +285,32 @@ def test_fingerprint_knows_activations_and_prompts():
 
     assert fingerprint() == fingerprint()
     assert len({fingerprint(), fingerprint("ReLU"), fingerprint(prompt="w6 ")}) == 3
+
+
+def _cutting(side):
+    tokenizer = make_tokenizer()
+    tokenizer.truncation_side = side
+    return Encoder(make_model("bert"), tokenizer, max_length=16).eval()
+
+
+@pytest.mark.filterwarnings("ignore:1 of 1")
+def test_the_side_that_is_cut_changes_the_fingerprint(tmp_path):
+    left, right = _cutting("left"), _cutting("right")
+    assert left.fingerprint != right.fingerprint == _cutting("right").fingerprint
+    text = random_texts([30])
+    kept = right.encode(text, cache=tmp_path)
+    found = left.encode(text, cache=tmp_path)
+    assert (found - left.encode(text)).abs().max() <= 2e-6
+    assert (found - kept).abs().max() > 0.1
+
+
+def test_an_upgrade_of_transformers_keeps_the_fingerprint(tiny, monkeypatch):
+    before = tiny.fingerprint
+    monkeypatch.setattr("transformers.configuration_utils.__version__", "99.0.0")
+    assert '"99.0.0"' in tiny.backbone.config.to_json_string()
+    assert tiny.fingerprint == before
+    tiny.backbone.config.layer_norm_eps = 1e-6
+    assert tiny.fingerprint != before
 
 
 def test_max_length_can_be_set(tiny):
@@ -324,6 +375,26 @@ def test_forward_is_differentiable_and_equal_for_both_kinds_of_batch(family):
         assert x is None or (x - y).abs().max().item() <= 1e-5 * largest
 
 
+@pytest.mark.parametrize("family", [*PACKED, "bloom"])
+@pytest.mark.filterwarnings("ignore:.*runs padded")
+def test_padding_may_be_on_either_side(family):
+    encoder = Encoder(make_model(family), make_tokenizer(), max_length=40).eval()
+    batch = encoder.pack(random_texts([9, 30, 1, 37]))
+    right = batch.padded(encoder.pad_id)
+    shifts = [39 - n for n in batch.lengths]
+    left = {
+        key: torch.stack([row.roll(n) for row, n in zip(rows, shifts, strict=True)])
+        for key, rows in right.items()
+    }
+    assert left["attention_mask"][:, -1].all()
+    with torch.no_grad():
+        expected, found = encoder(right), encoder(left)
+        packed = encoder(batch)
+    limit = 1e-5 * expected.abs().max()  # sums in another order
+    assert (found - expected).abs().max() <= limit
+    assert (packed - expected).abs().max() <= limit
+
+
 def test_forward_without_a_mask_reads_every_token(tiny):
     ids = torch.tensor([[0, 5, 6, 2], [0, 7, 8, 2]])
     expected = tiny(tiny.pack(["w5 w6", "w7 w8"]))
@@ -333,7 +404,9 @@ def test_forward_without_a_mask_reads_every_token(tiny):
 def test_forward_refuses_positions_of_another_family():
     encoder = Encoder(make_model("roberta"), make_tokenizer(), max_length=40)
     other = Encoder(make_model("bert"), make_tokenizer(), max_length=40)
-    with pytest.raises(ValueError, match=r"positions from 0, .* from 2; make batches with the encoder"):
+    with pytest.raises(
+        ValueError, match=r"positions from 0, .* from 2; make batches with the encoder"
+    ):
         encoder(other.pack(["w5"]))
 
 
@@ -358,6 +431,7 @@ def test_token_embeddings_pool_to_the_vector(tiny):
     assert torch.allclose(means, tiny.encode(texts), atol=2e-6)
     with pytest.warns(UserWarning, match="1 of 1 texts"):
         assert tiny.token_embeddings(random_texts([70]))[0].shape == (40, 64)
+    assert torch.allclose(tiny.token_embeddings(texts[0]), states[0], atol=2e-6)
 
 
 def test_state_dict_of_the_backbone_is_that_of_transformers(tiny):

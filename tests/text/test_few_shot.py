@@ -172,6 +172,31 @@ def test_is_the_same_each_time_and_leaves_the_encoder_alone(tiny, examples):
     assert first.fit(*examples, steps=12, lr=1e-3).losses == second.losses  # starts anew
 
 
+def test_the_given_encoder_is_no_part_of_a_fine_tuned_model(tiny, examples):
+    model = FewShot(tiny, finetune=True).fit(*examples, steps=12, lr=1e-3)
+    plain = FewShot(tiny).fit(*examples)
+    assert model.state_dict().keys() == plain.state_dict().keys()
+    model.train()
+    assert model.encoder.training
+    assert not tiny.training
+
+
+def test_a_score_that_is_no_number_is_refused(tiny, examples):
+    model = FewShot(tiny).fit(*examples)
+    with torch.no_grad():
+        model.head.weight[0] = torch.nan
+    for texts in ("w5", ["w5", "w6"]):
+        with pytest.raises(RuntimeError, match=r"a score of texts\[0\] is not finite"):
+            model.predict(texts)
+
+
+def test_top_k_is_a_number_of_labels(tiny, examples):
+    model = FewShot(tiny).fit(*examples)
+    assert model.predict("w5", top_k=1) == [model.predict("w5")]
+    with pytest.raises(ValueError, match="top_k=4 is not between 1 and the 3 labels"):
+        model.predict("w5", top_k=4)
+
+
 def test_fine_tuning_draws_classes_together_and_stops_early(tiny, examples):
     texts, labels = examples
     y = torch.tensor([sorted(set(labels)).index(label) for label in labels])

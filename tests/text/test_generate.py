@@ -331,6 +331,41 @@ def test_models_that_cannot_write_are_refused(tmp_path, minilm_path, minilm):
         Generator.from_pretrained(tmp_path / "none")
 
 
+def test_an_encoder_whose_head_has_weights_is_refused_too(tmp_path):
+    """Nothing is missing here, but its words see those that come later."""
+    from transformers import BertConfig, BertLMHeadModel
+
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    for causal in (False, True):
+        config = BertConfig(**sizes, vocab_size=67, is_decoder=causal, initializer_range=0.5)
+        BertLMHeadModel(config).save_pretrained(tmp_path / str(causal))
+        writer_tokenizer().save_pretrained(tmp_path / str(causal))
+    with pytest.raises(ValueError, match=r"is an encoder: as a BertLMHeadModel its words see"):
+        Generator.from_pretrained(tmp_path / "False", device="cpu")
+    assert Generator.from_pretrained(tmp_path / "True", device="cpu").model.config.is_decoder
+
+
+def test_a_part_in_training_mode_is_refused():
+    found = generator("t5")
+    found.model.encoder.train()
+    with pytest.raises(RuntimeError, match=r"training mode .*call \.eval\(\) first"):
+        found.generate("a1", max_new_tokens=2)
+    found.eval().generate("a1", max_new_tokens=2)
+
+
+@pytest.mark.parametrize("family", ["bart", "llama"])
+def test_rooms_are_what_each_text_leaves(family):
+    found = generator(family, max_position_embeddings=24)
+    found.max_length = 20
+    texts = words([3, 9, 30])
+    rooms = found.rooms(texts)
+    assert rooms[2] < 1
+    for text, room in zip(texts[:2], rooms, strict=False):
+        assert found.generate(text, max_new_tokens=room, long="error").tokens <= room
+        with pytest.raises(ValueError, match=r"does not fit|has to be between"):
+            found.generate(text, max_new_tokens=room + 1, long="error")
+
+
 def test_gguf_files_that_are_not_there(tmp_path, monkeypatch):
     with pytest.raises(FileNotFoundError, match=r"x.gguf' is no file on this machine"):
         Generator.from_pretrained(tmp_path / "x.gguf")

@@ -6,12 +6,13 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from pathlib import Path
 
 import pytest
 
-from torsh_text._jsonl import Texts, partial_of, read_texts, write_records
+from torsh_text._jsonl import GOES_ON, Texts, partial_of, read_texts, why_no_text, write_records
 
 
 def _write(source, out, work=None, *, window=3, overwrite=False, **settings):
@@ -39,6 +40,20 @@ def test_reads_lines_and_fields(tmp_path):
     assert read_texts(lines, "text") == Texts(["x\ny", ""], [1, 3])
 
 
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl"])
+def test_reads_over_a_byte_order_mark(tmp_path, name):
+    line = '{"text": "é\ufeff"}' if name == "a.jsonl" else "é\ufeff"
+    (tmp_path / name).write_text(f"\ufeff{line}\n", encoding="utf-8")
+    assert read_texts(tmp_path / name, "text") == Texts(["é\ufeff"], [1])
+
+
+def test_says_which_text_is_no_unicode(tmp_path):
+    (tmp_path / "a.txt").write_bytes("é\n".encode() + "é\n".encode("latin-1"))
+    good, bad = read_texts(tmp_path / "a.txt", "text").texts
+    assert why_no_text(good) is None
+    assert why_no_text(f"ab{bad}") == "character 2 is a lone surrogate or no UTF-8"
+
+
 def test_reads_the_standard_input(monkeypatch):
     monkeypatch.setattr(sys, "stdin", io.StringIO("a\n\nb\n"))
     assert read_texts(Path("-"), "text") == Texts(["a", "b"], [1, 3])
@@ -60,13 +75,13 @@ def test_refuses_an_empty_file(tmp_path):
 
 def test_writes_one_record_a_text(tmp_path):
     out = tmp_path / "out.jsonl"
-    assert _write(_texts(), out) == 0
+    assert _write(_texts(), out) == (0, 0)
     found = [json.loads(line) for line in out.read_text().splitlines()]
     assert found == [{"line": 2 * i + 1, "length": i} for i in range(10)]
     assert [path.name for path in tmp_path.iterdir()] == ["out.jsonl"]
     with pytest.raises(FileExistsError, match="exists; name another or add --overwrite"):
         _write(_texts(), out)
-    assert _write(_texts(3), out, overwrite=True) == 0
+    assert _write(_texts(3), out, overwrite=True) == (0, 0)
     assert len(out.read_text().splitlines()) == 3
 
 
@@ -95,17 +110,133 @@ def test_goes_on_where_it_stopped(tmp_path):
         again.extend(texts)
         return [{"length": len(text)} for text in texts]
 
-    assert _write(_texts(), out, counts) == 6
+    assert _write(_texts(), out, counts) == (6, 0)
     assert again == _texts().texts[6:]
     assert [json.loads(line)["length"] for line in out.read_text().splitlines()] == list(range(10))
     assert not partial_of(out).exists()
 
 
-def test_overwrite_forgets_what_is_unfinished(tmp_path):
+def _stops_after(count, kind=RuntimeError):
+    seen = []
+
+    def work(texts):
+        seen.extend(texts)
+        if len(seen) > count:
+            raise kind("stop")
+        return [{"length": len(text)} for text in texts]
+
+    return work
+
+
+def test_overwrite_goes_on_with_its_own_and_forgets_others(tmp_path):
     out = tmp_path / "out.jsonl"
-    partial_of(out).write_text("something else\n")
-    assert _write(_texts(), out, overwrite=True) == 0
+    assert _write(_texts(4), out) == (0, 0)
+    with pytest.raises(RuntimeError, match="stop"):
+        _write(_texts(), out, _stops_after(6), overwrite=True)
+    assert len(out.read_text().splitlines()) == 4  # until the new one is whole
+    assert _write(_texts(), out, overwrite=True) == (6, 0)
     assert len(out.read_text().splitlines()) == 10
+    with pytest.raises(RuntimeError, match="stop"):
+        _write(_texts(), out, _stops_after(3), overwrite=True, model="other")
+    assert _write(_texts(), out, overwrite=True) == (0, 0)
+    assert [json.loads(line)["length"] for line in out.read_text().splitlines()] == list(range(10))
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_file_of_someone_else_is_not_taken_for_a_partial(tmp_path, overwrite):
+    out = tmp_path / "out.jsonl"
+    partial_of(out).write_text("mine\n")
+    if overwrite:
+        assert _write(_texts(), out, overwrite=True) == (0, 0)
+        return
+    with pytest.raises(ValueError, match="left by another command"):
+        _write(_texts(), out)
+    assert partial_of(out).read_text() == "mine\n"
+
+
+@pytest.mark.parametrize("kept", [0, 20, -20, None])
+def test_a_partial_without_records_is_none(tmp_path, kept):
+    out = tmp_path / "out.jsonl"
+    header = b""
+
+    def looks(texts):
+        nonlocal header
+        header = header or partial_of(out).read_bytes()
+        return [{"length": len(text)} for text in texts]
+
+    assert _write(_texts(), out, looks, model="other") == (0, 0)
+    assert header.count(b"\n") == 1  # it is on the disk before the model loads
+    out.unlink()
+    torn = b'{"line": 1, "le' if kept is None else b""
+    partial_of(out).write_bytes(header[:kept] + torn)
+    assert _write(_texts(), out) == (0, 0)
+    assert len(out.read_text().splitlines()) == 10
+
+
+def test_a_failure_before_the_first_record_leaves_nothing(tmp_path):
+    with pytest.raises(RuntimeError, match="stop"):
+        _write(_texts(), tmp_path / "out.jsonl", _stops_after(0))
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("count", "said"), [(0, ("stop",)), (3, (GOES_ON,))])
+def test_says_that_it_goes_on_where_it_does(tmp_path, count, said):
+    with pytest.raises(KeyboardInterrupt) as stop:
+        _write(_texts(), tmp_path / "out.jsonl", _stops_after(count, KeyboardInterrupt))
+    assert stop.value.args == said
+
+
+def test_only_one_process_writes(tmp_path):
+    out = tmp_path / "out.jsonl"
+    runs, goes_on = threading.Event(), threading.Event()
+
+    def waits(texts):
+        runs.set()
+        assert goes_on.wait(30)
+        return [{"length": len(text)} for text in texts]
+
+    first = threading.Thread(target=_write, args=(_texts(), out, waits))
+    first.start()
+    try:
+        assert runs.wait(30)
+        for overwrite in (False, True):
+            with pytest.raises(RuntimeError, match=r"another process is writing .*out.jsonl.part"):
+                _write(_texts(), out, overwrite=overwrite)
+    finally:
+        goes_on.set()
+        first.join()
+    assert [json.loads(line)["length"] for line in out.read_text().splitlines()] == list(range(10))
+    assert [path.name for path in tmp_path.iterdir()] == ["out.jsonl"]
+
+
+@pytest.mark.parametrize("damage", [b'{"line": 3, "length": 1}\n', b"\0\0\0\n", b"3\n"])
+def test_publishes_only_one_record_a_text(tmp_path, damage):
+    out = tmp_path / "out.jsonl"
+    with pytest.raises(RuntimeError, match="stop"):
+        _write(_texts(), out, _stops_after(3))
+    with partial_of(out).open("ab") as file:
+        file.write(damage)
+    with pytest.raises(RuntimeError, match="does not hold one record for each text; remove it"):
+        _write(_texts(), out)
+    assert not out.exists()
+
+
+def test_counts_refused_texts_of_all_runs(tmp_path):
+    out = tmp_path / "out.jsonl"
+    stops = _stops_after(6)
+
+    def refuses(texts):
+        return [{"error": "no"} if r["length"] == 1 else r for r in stops(texts)]
+
+    with pytest.raises(RuntimeError, match="stop"):
+        _write(_texts(), out, refuses)
+    assert _write(_texts(), out) == (6, 1)
+    assert json.loads(out.read_text().splitlines()[1]) == {"line": 3, "error": "no"}
+
+
+def test_moved_lines_are_other_texts(tmp_path):
+    moved = Texts(_texts().texts, [line + 1 for line in _texts().lines])
+    assert moved.digest != _texts().digest == _texts().digest
 
 
 def test_survives_being_killed(tmp_path):

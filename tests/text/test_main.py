@@ -1,11 +1,20 @@
+import io
 import json
 import os
+import signal
 import subprocess
 import sys
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
+
+from torsh_text.__main__ import main
+from torsh_text._jsonl import partial_of, read_texts, write_records
+from torsh_text._record_commands import classify, ner, paraphrase, summarize
+from torsh_text._record_run import origin
+from torsh_text._vector_commands import cluster, embed, search, topics
 
 pytest.importorskip("tyro")
 
@@ -13,7 +22,7 @@ SOURCES = Path(__file__).parents[2] / "torsh_text" / "src"
 TEXTS = ["A cat sleeps", "Stocks fell sharply", "The kitten purrs", "Markets rallied today"]
 
 
-def _run(*arguments, check=True):
+def _run_process(*arguments, check=True):
     environment = os.environ | {"PYTHONPATH": str(SOURCES), "HF_HUB_OFFLINE": "1"}
     return subprocess.run(
         [sys.executable, "-m", "torsh_text", *map(str, arguments)],
@@ -22,6 +31,22 @@ def _run(*arguments, check=True):
         check=check,
         env=environment,
     )
+
+
+def _run(*arguments, check=True):
+    """The same in this process, which has imported everything already."""
+    out, status = io.StringIO(), 0
+    errors = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(errors):
+        patch.setattr(sys, "argv", ["torsh-text", *map(str, arguments)])
+        patch.setattr("warnings.formatwarning", None)  # main sets its own
+        try:
+            main()
+        except SystemExit as stop:
+            errors.write(str(stop.code or ""))
+            status = 1 if isinstance(stop.code, str) else stop.code or 0
+    assert not (check and status), errors.getvalue()
+    return subprocess.CompletedProcess(arguments, status, out.getvalue(), errors.getvalue())
 
 
 @pytest.fixture
@@ -33,7 +58,7 @@ def file(tmp_path):
 
 
 def test_doctor():
-    found = json.loads(_run("doctor", "--json").stdout)
+    found = json.loads(_run_process("doctor", "--json").stdout)
     assert "grouped attention" in found["cpu"]
     assert {"torch", "transformers", "threads", "varlen options", "model hub"} <= set(found)
     assert "HF_HUB_OFFLINE" in found["model hub"]
@@ -91,7 +116,7 @@ def test_the_table_shows_equal_scores_and_texts_as_they_are(tmp_path, minilm_pat
 
 
 def test_errors_are_one_line(file):
-    failed = _run("search", file, "x", "--model", "nobody/nothing", check=False)
+    failed = _run_process("search", file, "x", "--model", "nobody/nothing", check=False)
     assert failed.returncode == 1
     assert failed.stderr.startswith("torsh-text: 'nobody/nothing' is not in the local model cache")
     assert "Traceback" not in failed.stderr
@@ -183,3 +208,186 @@ def test_ner_and_classifier(tmp_path):
     for line in run.stdout.splitlines():
         labels = json.loads(line)["labels"]
         assert sum(label["score"] for label in labels) == pytest.approx(1.0, abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("command", "options", "message"),
+    [
+        (classify, {"via": "lm"}, "via='lm' compares labels; name them with --labels"),
+        (classify, {"top_k": 2}, "top_k=2: sentiment gives one label"),
+        (summarize, {"write": "x", "sentences": 2}, "sentences=2 chooses sentences, which --write"),
+        (summarize, {"write": "x", "method": "mmr"}, "method='mmr' chooses sentences"),
+        (summarize, {"write": "x", "model": "y"}, "model='y' chooses sentences"),
+        (summarize, {"max_new_tokens": 9}, "max_new_tokens=9 needs --write"),
+    ],
+)
+def test_no_option_is_ignored(file, command, options, message):
+    with pytest.raises(ValueError, match=message):
+        command(file, **options)
+
+
+@pytest.mark.parametrize(
+    ("via", "model"),
+    [("auto", "all-MiniLM"), ("nli", "ModernBERT-base-zeroshot"), ("lm", "SmolLM2-360M")],
+)
+def test_each_way_has_its_model(file, monkeypatch, via, model):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(FileNotFoundError, match=model):
+        classify(file, labels=("animals", "finance"), via=via)
+
+
+def test_the_standard_input_needs_a_name_for_its_vectors(tmp_path, minilm_path, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.StringIO("A cat\n"))
+    with pytest.raises(ValueError, match="have no file; name it with --out"):
+        embed(Path("-"))
+    out = tmp_path / "v.safetensors"
+    for _ in range(2):  # the second time it is there
+        monkeypatch.setattr(sys, "stdin", io.StringIO("A cat\n"))
+        embed(Path("-"), out=out, model=str(minilm_path))
+    assert load_file(out)["vectors"].shape == (1, 384)
+
+
+def test_search_uses_the_prompts_of_the_model(file, minilm, tmp_path):
+    from torsh_text import Encoder
+
+    folder, out = tmp_path / "model", tmp_path / "found.json"
+    prompts = {"query": "Markets and stocks: ", "passage": "Here: "}
+    Encoder(minilm.backbone, minilm.tokenizer, prompts=prompts).save_pretrained(folder)
+    search(file, ("a cat",), k=4, model=str(folder), out=out)
+    told = minilm.encode([f"Here: {text}" for text in TEXTS])
+    cosines = told / told.norm(dim=1, keepdim=True)
+    query = minilm.encode("Markets and stocks: a cat")
+    expected = (cosines @ (query / query.norm())).sort(descending=True).values
+    (found,) = json.loads(out.read_text())
+    # printed with four digits
+    assert [m["score"] for m in found["matches"]] == pytest.approx(expected.tolist(), abs=6e-5)
+
+
+def test_json_to_a_file(file, minilm_path, tmp_path, capsys):
+    out, model = tmp_path / "out.json", str(minilm_path)
+    for command in (cluster, topics):
+        command(file, k=2, model=model, json=True)
+        printed = json.loads(capsys.readouterr().out)
+        command(file, k=2, model=model, out=out, overwrite=True)
+        assert json.loads(out.read_text()) == printed
+        assert "4 texts in" in capsys.readouterr().out
+        with pytest.raises(FileExistsError, match="name another or add --overwrite"):
+            command(file, k=2, model=model, out=out)
+    with pytest.raises(ValueError, match="is the file of the texts"):
+        search(file, ("x",), out=file, overwrite=True)
+
+
+def test_a_bad_text_is_named_by_its_line(tmp_path):
+    path = tmp_path / "t.jsonl"
+    path.write_text('{"text": "a"}\n\n{"text": "\\ud800"}\n')
+    for call in (lambda: embed(path), lambda: search(path, ("x",)), lambda: cluster(path)):
+        with pytest.raises(ValueError, match=r"t.jsonl:3: character 0 is a lone surrogate"):
+            call()
+
+
+@pytest.fixture(scope="module")
+def writer(tmp_path_factory):
+    """A folder with a model that answers with the first word, and takes 20 tokens."""
+    from tests.text.writers import train_to_keep_first_word, writer_tokenizer
+
+    folder = tmp_path_factory.mktemp("writer")
+    tokenizer = writer_tokenizer()
+    tokenizer.model_max_length = 20
+    tokenizer.save_pretrained(folder)
+    train_to_keep_first_word().save_pretrained(folder)
+    return str(folder)
+
+
+def test_summarize_in_a_models_words(tmp_path, writer):
+    from tests.text.writers import words
+
+    path, out = tmp_path / "t.txt", tmp_path / "out.jsonl"
+    texts = [f"{text} ." for text in words([5, 9, 3])]
+    long = " ".join(texts * 3)
+    path.write_text("\n".join([*texts, long]))
+    summarize(path, write=writer, max_new_tokens=4, out=out)
+    *short, last = _records(out)
+    assert [r["summary"] for r in short] == [text.split()[0] for text in texts]
+    assert all(r["pieces"] == 1 and r["finished"] for r in short)
+    assert last["pieces"] > 1
+    assert last["summary"] == texts[0].split()[0]
+
+
+def test_paraphrase_goes_on_behind_what_the_model_refuses(tmp_path, writer, minilm_path):
+    from tests.text.writers import words
+
+    path, out = tmp_path / "t.jsonl", tmp_path / "out.jsonl"
+    texts = words([5, 40, 7])
+    lines = [json.dumps({"text": text}) + "\n" for text in [*texts, "\ud800"]]
+    path.write_text("".join(lines))
+    how = {"model": writer, "encoder": str(minilm_path), "min_similarity": -1.0, "max_overlap": 1.0}
+    with pytest.raises(SystemExit, match="2 of 4 texts were refused"):
+        paraphrase(path, out=out, **how)
+    first, long, third, broken = _records(out)
+    for record, text in ((first, texts[0]), (third, texts[2])):
+        written = {p["text"] for p in record["paraphrases"]}
+        assert text.split()[0] in written
+        assert all(-1 <= p["similarity"] <= 1 for p in record["paraphrases"])
+    assert long["error"].startswith("the text does not fit the model")
+    assert "lone surrogate" in broken["error"]
+
+
+def test_a_page_leaves_out_what_is_refused(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    from tests.text.architectures import make_tokenizer
+
+    config = transformers.AutoConfig.for_model(
+        "bert", hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32,
+        vocab_size=500, id2label={0: "O", 1: "B-PER"}, label2id={"O": 0, "B-PER": 1},
+    )  # fmt: skip
+    folder, path, page = tmp_path / "model", tmp_path / "t.jsonl", tmp_path / "page.html"
+    make_tokenizer().save_pretrained(folder)
+    transformers.BertForTokenClassification(config).save_pretrained(folder)
+    path.write_text('{"text": "w5 w6"}\n{"text": "\\ud800"}\n')
+    with pytest.raises(SystemExit, match=r"t.jsonl:2 is left out: character 0 is a lone"):
+        ner(path, model=str(folder), html=page)
+    assert "w5" in page.read_text()
+
+
+def test_a_retrained_model_does_not_continue_another_ones_records(tmp_path, writer):
+    from tests.text.writers import words
+
+    path, out = tmp_path / "t.txt", tmp_path / "out.jsonl"
+    path.write_text("\n".join(words([4] * 20)))
+    summarize(path, write=writer, max_new_tokens=4, out=out)
+    whole = out.read_bytes()
+    header = b""
+
+    def stops(texts):
+        nonlocal header
+        header = partial_of(out).read_bytes()
+        raise RuntimeError("stop")
+
+    out.unlink()
+    settings = {"command": "summarize", "write": origin(writer), "max_new_tokens": 4}
+    with pytest.raises(RuntimeError, match="stop"):
+        write_records(
+            read_texts(path, "text"), stops, out, settings=settings, window=8, overwrite=False,
+            progress=False,
+        )  # fmt: skip
+    partial_of(out).write_bytes(header + b"".join(whole.splitlines(keepends=True)[:8]))
+    weights = Path(writer) / "model.safetensors"
+    before = weights.stat()
+    os.utime(weights, ns=(0, 0))
+    with pytest.raises(ValueError, match="left by another command"):
+        summarize(path, write=writer, max_new_tokens=4, out=out)
+    os.utime(weights, ns=(before.st_atime_ns, before.st_mtime_ns))
+    summarize(path, write=writer, max_new_tokens=4, out=out)
+    assert out.read_bytes() == whole
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_ctrl_c_promises_only_what_is_true(file, minilm_path, tmp_path, monkeypatch, cached):
+    def interrupted(*_, **__):
+        signal.raise_signal(signal.SIGINT)
+
+    command = ["embed", file, "--model", minilm_path]
+    command += ["--cache", tmp_path / "cache"] if cached else []
+    monkeypatch.setattr("torsh_text.Encoder.encode", interrupted)
+    promise = "; the same command goes on from here" if cached else ""
+    assert _run(*command, check=False).stderr == f"torsh-text: interrupted{promise}"

@@ -2,6 +2,7 @@ import json
 import random
 from itertools import combinations
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -142,6 +143,18 @@ def test_vectors_of_reviews_say_the_same(minilm):
     ]
     assert near_duplicates(minilm.encode(texts), 0.7).groups == [(0, 1, 2)]
     assert near_duplicates(texts).groups == []
+
+
+def test_numpy_arrays_are_vectors():
+    x = np.random.default_rng(0).standard_normal((40, 8)).astype(np.float32)
+    x[7] = x[3]
+    for array in (x, x.astype(np.float64), np.asfortranarray(x), x[::-1][::-1]):
+        assert near_duplicates(array).groups == near_duplicates(torch.tensor(x)).groups == [(3, 7)]
+    x.setflags(write=False)
+    assert near_duplicates(x).groups == [(3, 7)]
+    with pytest.raises(ValueError, match=r"x has shape \(8,\)"):
+        near_duplicates(x[0])
+    assert near_duplicates(np.array(["a b c", "d", "A b c"])).groups == [(0, 2)]
 
 
 @pytest.mark.gpu

@@ -140,6 +140,50 @@ def test_the_whole_way_with_a_small_model(minilm):
     assert len({one.text for one in beams}) == len(beams)
 
 
+class Limits(Script):
+    """Keeps the limit of each text."""
+
+    def candidates(self, texts, n, **options):
+        self.limits = getattr(self, "limits", {}) | dict.fromkeys(texts, options["max_new_tokens"])
+        return super().candidates(texts, n, **options)
+
+
+def test_a_text_has_the_same_limit_beside_any_other(minilm):
+    script = Limits(GOOD)
+    model = Paraphraser(script, minilm)
+    short, long = "a1 a2", " ".join(["a1"] * 60)
+    model.generate(short)
+    assert script.limits == {short: 64}
+    model.generate([long, short])
+    assert script.limits == {short: 64, long: 192}  # 16 + 2 * 60 = 136, in steps of 64
+
+
+def test_a_text_beyond_a_third_of_the_context_is_written_anew(minilm):
+    """And what does not fit is named by its place."""
+    model = Generator(
+        make_writer("llama"), writer_tokenizer(ends=False), max_length=100, name="tiny"
+    )
+    text = " ".join(["a1"] * 60)
+    options = {"n": 1, "min_similarity": -1.0, "max_overlap": 1.0}
+    seen = []
+    plain = model.candidates
+
+    def recorded(texts, n, **more):
+        seen.append(more["max_new_tokens"])
+        return plain(texts, n, **more)
+
+    model.candidates = recorded
+    Paraphraser(model, minilm).generate(text, **options)
+    assert seen == model.rooms([text]) == [40]
+    with pytest.raises(ValueError, match=r"texts\[2\] does not fit the model beside its prompt"):
+        Paraphraser(model, minilm).generate(["a1", "a1", f"{text} {text}"], **options)
+
+
+def test_it_is_a_module_of_its_parts(minilm):
+    script = Script(GOOD)
+    assert set(Paraphraser(script, minilm).children()) == {script, minilm}
+
+
 def test_bad_arguments(minilm):
     model = Paraphraser(Script(GOOD), minilm)
     for options, message in (

@@ -1,4 +1,5 @@
 import itertools
+import pickle
 
 import numpy as np
 import pytest
@@ -111,7 +112,7 @@ def test_goes_on_in_the_middle_of_an_epoch(workers, resumed_size):
     ("change", "message"),
     [
         ({"format": "other"}, "no state of a TokenBudgetSampler"),
-        ({"version": 2}, "version=2"),
+        ({"version": 1}, "of version 2: format='torsh-text-sampler', version=1"),
         ({"rows": 5}, "rows=5, here it is 4"),
         ({"max_tokens": 9}, "max_tokens=9, here it is 10"),
         ({"done": 3}, "3 batches are done, which world_size=2 does not divide"),
@@ -136,6 +137,55 @@ def test_refuses_bad_arguments(arguments, message):
     options = arguments[2] if len(arguments) == 3 else {}
     with pytest.raises(ValueError, match=message):
         TokenBudgetSampler(*arguments[:2], **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"shuffle": False}, "shuffle=True, here it is False"),
+        ({"padded": True}, "padded=False, here it is True"),
+        ({"max_rows": 7}, "max_rows=8192, here it is 7"),
+        ({"lengths": [1, 2, 4, 3]}, "other lengths, here it is [0-9a-f]{32}"),
+    ],
+)
+def test_refuses_the_state_of_another_plan(options, message):
+    state = TokenBudgetSampler([1, 2, 3, 4], 10).state_dict()
+    TokenBudgetSampler(np.array([1, 2, 3, 4], np.int32), 10, seed=4).load_state_dict(state)
+    other = TokenBudgetSampler(**{"lengths": [1, 2, 3, 4], "max_tokens": 10} | options)
+    with pytest.raises(ValueError, match=message):
+        other.load_state_dict(state)
+
+
+def test_collates_what_the_model_packs():
+    prompts = {"prompts": {"p": "w5 w6 "}, "default_prompt": "p"}
+    encoder = Encoder(make_model("bert"), make_tokenizer(), max_length=12, **prompts)
+    texts = random_texts([3, 20])
+    collate = pickle.loads(pickle.dumps(Collator(encoder)))
+    with pytest.warns(UserWarning, match="1 of 2 texts have more than max_length=12") as said:
+        batch = collate(texts)
+    assert said[0].filename == __file__
+    with pytest.warns(UserWarning, match="1 of 2 texts") as said:
+        assert batch.buffer.equal(encoder.pack(texts).buffer)
+    assert said[0].filename == __file__
+    assert batch.lengths == (7, 12)
+    assert batch.input_ids[0, 1:3].tolist() == [5, 6]
+    assert len(pickle.dumps(collate)) < 100_000  # not the model, which has 400,000 bytes
+
+
+@pytest.mark.parametrize(
+    ("items", "error", "message"),
+    [
+        ([], ValueError, "texts is empty; a batch needs at least one text"),
+        ([None], TypeError, r"items\[0\] is None, neither a string nor a \(text, label\) pair"),
+        ([b"x"], TypeError, r"items\[0\] is b'x', neither"),
+        ([("w5", 1), ("w6",)], TypeError, r"items\[1\] is \('w6',\), neither"),
+        (["w5", ("w6", 1)], TypeError, r"texts\[1\] is \('w6', 1\) of type tuple"),
+        ([(5, 1)], TypeError, r"texts\[0\] is 5 of type int"),
+    ],
+)
+def test_collator_refuses(items, error, message):
+    with pytest.raises(error, match=message):
+        Collator(_encoder())(items)
 
 
 def test_collates_texts_and_labels():

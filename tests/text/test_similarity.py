@@ -1,3 +1,4 @@
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -165,3 +166,39 @@ def test_mining_refuses_what_does_not_fit():
     x[3, 0] = float("inf")
     with pytest.raises(ValueError, match=r"x\[3\] is not finite"):
         mine_pairs(x, k=1, block=2)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("metric", ["cosine", "dot"])
+def test_search_refuses_what_is_not_finite(bad, metric):
+    x = torch.rand(9, 4) + 0.1
+    x[6, 2] = bad
+    for queries in (x[:2], x[0]):
+        with pytest.raises(ValueError, match=r"corpus\[6\] is not finite"):
+            search(queries, x, 1, metric=metric, block=4)
+    with pytest.raises(ValueError, match=r"queries\[1\] is not finite"):
+        search(x[5:7], x[:5], 1, metric=metric)
+
+
+def test_search_allows_scores_beyond_float32():
+    x = torch.full((3, 4), 1e30)
+    assert search(x[0], x, 2, metric="dot").scores.isinf().all()
+
+
+def test_arrays_are_vectors_too(tmp_path):
+    x = torch.randn(20, 8)
+    np.save(tmp_path / "x.npy", x.numpy())
+    mapped = np.load(tmp_path / "x.npy", mmap_mode="r")  # read-only
+    for array in (x.numpy(), mapped, np.asfortranarray(x.numpy())):
+        assert torch.equal(similarity(array, x), similarity(x, array))
+        torch.testing.assert_close(similarity(array, array), similarity(x, x))
+        assert search(array[3], array, 2).ids.tolist() == search(x[3], x, 2).ids.tolist()
+        assert torch.equal(mine_pairs(array, k=5).ids, mine_pairs(x, k=5).ids)
+    backwards = x.numpy()[::-1]
+    assert search(x[3], backwards, 1).ids.tolist() == [16]
+    assert search(x.double().numpy(), x.double(), 1).scores.dtype == torch.float64
+    for bad in (np.array([["a"]]), np.array([[None]]), np.ones((2, 2), ">f4"), np.ones(2) * 1j):
+        with pytest.raises(TypeError, match=r"corpus holds .*; pass an array of floats"):
+            search(x[0], bad, 1)
+    with pytest.raises(ValueError, match=r"expected \(rows, dim\)"):
+        mine_pairs(x.numpy()[0], k=1)

@@ -157,6 +157,27 @@ def test_map_reduce_reads_everything(first_word):
     assert short_summary == Summary("a7")
 
 
+def test_a_piece_that_was_cut_off_is_told_by_the_whole(first_word):
+    """Pieces end too early, by a limit of their own; the last round's answer ends by itself."""
+    model = Generator(first_word.model, first_word.tokenizer, max_length=20).eval()
+    text = ". ".join(words([4] * 30, seed=5)) + "."
+    plain, limits = model.generate, iter([1, 4])
+    model.generate = lambda texts, **options: plain(
+        texts, **{**options, "max_new_tokens": next(limits)}
+    )
+    long_summary, short_summary = Summarizer(model).generate([text, ""], max_new_tokens=4)
+    assert long_summary.text
+    assert not long_summary.finished
+    assert short_summary == Summary("")
+
+
+def test_it_is_a_module_of_its_parts(minilm, first_word):
+    found = Summarizer(first_word, minilm)
+    assert not found.training
+    assert set(found.children()) == {first_word, minilm}
+    assert list(Summarizer(encoder=minilm).children()) == [minilm]
+
+
 def test_map_reduce_repeats_until_one_piece_is_left(first_word):
     model = Generator(first_word.model, first_word.tokenizer, max_length=9).eval()
     text = ". ".join(words([4] * 60, seed=5)) + "."

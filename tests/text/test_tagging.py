@@ -29,7 +29,7 @@ def make_tagger(family="bert", *, labels=LABELS, tokenizer=None, crf=False, **ch
     model = AutoModelForTokenClassification.from_config(config).eval()
     tagger = Tagger(model, tokenizer or make_tokenizer(), max_length=40, name="tiny").eval()
     if crf:
-        tagger.crf = CRF(len(labels), tagger.scheme.transitions())
+        tagger.crf = CRF(len(labels), tagger.scheme.transitions()).eval()
         for parameter in tagger.crf.parameters():
             torch.nn.init.normal_(parameter)
     return tagger
@@ -127,6 +127,47 @@ def test_a_head_that_forgets_the_rows_is_found_out():
     with pytest.raises(RuntimeError, match="cannot run packed: its head"):
         Tagger(tagger.model, make_tokenizer(), max_length=40, attn="packed")
     Tagger(tagger.model, make_tokenizer(), max_length=40, attn="padded")
+
+
+class Strict(BertForTokenClassification):
+    """A head that takes no keywords it does not know."""
+
+    def forward(self, input_ids, attention_mask=None):
+        return super().forward(input_ids, attention_mask=attention_mask)
+
+
+def test_a_head_that_raises_runs_padded():
+    config = AutoConfig.for_model("bert", **PACKED["bert"], id2label=dict(enumerate(LABELS)))
+    why = r"its head does not take packed rows \(TypeError: .*position_ids"
+    with pytest.warns(UserWarning, match=why):
+        tagger = Tagger(Strict(config).eval(), make_tokenizer(), max_length=40).eval()
+    assert tagger.attention.name == "padded"
+    assert isinstance(tagger.predict("w5 w6"), list)
+    with pytest.raises(RuntimeError, match="cannot run packed: its head does not take"):
+        Tagger(tagger.model, make_tokenizer(), max_length=40, attn="packed")
+
+
+def test_padding_may_be_on_either_side(tiny):
+    batch = PackedBatch.pack([[0, 5, 6, 7, 2], [0, 9, 2]])
+    right = batch.padded(tiny.pad_id)
+    left = {key: torch.stack([rows[0], rows[1].roll(2)]) for key, rows in right.items()}
+    found, expected = tiny(left), tiny(right)
+    torch.testing.assert_close(found[1, 2:], expected[1, :3], atol=1e-5, rtol=0)
+    torch.testing.assert_close(found[0], expected[0], atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(("max_length", "stride"), [(3, 0), (40, 19), (64, 31), (400, 64)])
+def test_default_stride_fits_every_window(max_length, stride):
+    tagger = make_tagger()
+    tagger.max_length = max_length
+    assert tagger.predict("w5") == tagger.predict("w5", stride=0)
+    texts = random_texts([500])
+    assert tagger.predict(texts) == tagger.predict(texts, stride=stride)
+
+
+def test_surrogates_are_named_by_the_place_the_caller_knows(tiny):
+    with pytest.raises(ValueError, match=r"texts\[5\] holds a lone surrogate"):
+        tiny.predict([*["w5"] * 5, "\ud800"])
 
 
 @pytest.mark.parametrize("crf", [False, True])
@@ -371,7 +412,7 @@ def test_what_collate_refuses(tiny):
 
 def test_what_predict_refuses(tiny):
     with pytest.raises(ValueError, match="stride=64 is not between 0 and 37"):
-        tiny.predict("w5")
+        tiny.predict("w5", stride=64)
     with pytest.raises(ValueError, match="aggregation='average' is none of 'first'"):
         tiny.predict("w5", stride=2, aggregation="average")
     with pytest.raises(ValueError, match="min_score=2 is not between 0 and 1"):
@@ -429,7 +470,7 @@ def test_saved_and_loaded(tmp_path, crf):
 
 
 def test_heads_that_are_missing_or_other(tmp_path, minilm_path):
-    with pytest.raises(ValueError, match=r"holds no head for tags .* pass labels="):
+    with pytest.raises(ValueError, match=r"lack 2 .*would be random. Pass labels="):
         Tagger.from_pretrained(minilm_path, device="cpu")
     kept = torch.get_rng_state()
     one, two, other = (

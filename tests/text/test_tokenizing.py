@@ -1,3 +1,4 @@
+import threading
 from itertools import pairwise
 
 import numpy as np
@@ -142,3 +143,78 @@ def test_windows_cover_the_text(minilm_path):
         assert before.offsets[-7:-1] == after.offsets[1:7]
     with pytest.raises(ValueError, match="stride=18 is not between 0 and 17"):
         rows.windows([text], stride=18)
+
+
+def test_threads_with_other_strides_get_their_windows():
+    rows = RowTokenizer(make_tokenizer(), max_length=20)
+    texts = random_texts([100, 60, 90] * 20)
+    strides = (0, 3, 9)
+    expected = {
+        n: RowTokenizer(make_tokenizer(), max_length=20).windows(texts, stride=n) for n in strides
+    }
+    wrong = []
+
+    def work(stride):
+        for _ in range(15):
+            if rows.windows(texts, stride=stride) != expected[stride]:
+                wrong.append(stride)
+
+    threads = [threading.Thread(target=work, args=(stride,)) for stride in strides * 2]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == []
+
+
+def test_pairs_and_windows_do_not_share_rules():
+    rows = RowTokenizer(make_tokenizer(), max_length=10)
+    texts = random_texts([30, 3])
+    windows = rows.windows(texts, stride=2)
+    pairs = rows.rows([(texts[0], texts[1]), ("w5", "w6")])
+    assert rows.windows(texts, stride=2) == windows
+    assert rows.rows(texts).lengths.tolist() == [10, 5]
+    again = rows.rows([(texts[0], texts[1]), ("w5", "w6")])
+    assert np.array_equal(again.ids, pairs.ids)
+    assert pairs.too_long == [0]
+
+
+@pytest.mark.parametrize("make", [make_tokenizer, ByT5Tokenizer])
+def test_the_beginning_is_cut_off_from_the_left(make):
+    tokenizer = make()
+    tokenizer.truncation_side = "left"
+    rows = RowTokenizer(tokenizer, max_length=6)
+    text = "w5 w6 w7 w8 w9 w10" if make is make_tokenizer else "abcdefg"
+    whole = tokenizer(text)["input_ids"]
+    found = rows.rows([text], long="mean")
+    first, second = _rows(found)
+    assert found.too_long == [0]
+    if make is make_tokenizer:
+        assert first == [0, 7, 8, 9, 10, 2]
+        assert second == [0, 5, 6, 2]
+    else:
+        assert first == whole[2:]
+        assert second == [*whole[:2], tokenizer.eos_token_id]
+
+
+def test_described_knows_more_than_the_words():
+    class Other(ByT5Tokenizer):
+        pass
+
+    def described(tokenizer, max_length=9):
+        return RowTokenizer(tokenizer, max_length=max_length).described()
+
+    same = described(ByT5Tokenizer())
+    assert described(ByT5Tokenizer(name_or_path="elsewhere")) == same
+    others = [
+        described(ByT5Tokenizer(truncation_side="left")),
+        described(ByT5Tokenizer(eos_token="<unk>")),
+        described(ByT5Tokenizer(clean_up_tokenization_spaces=True)),
+        described(Other()),
+    ]
+    assert len({same, *others}) == 5
+    fast, left = make_tokenizer(), make_tokenizer()
+    left.truncation_side = "left"
+    assert described(fast) == described(make_tokenizer()) != described(left)
+    fast("w5", truncation=True, max_length=3)  # sets rules in the tokenizer that are not ours
+    assert described(fast) == described(make_tokenizer())

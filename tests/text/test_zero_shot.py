@@ -9,6 +9,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from tests.text.architectures import PACKED, make_model, make_tokenizer, random_texts
 from tests.text.test_few_shot import read_sst2, read_trec
 from tests.text.test_heads import make_classifier_model
+from tests.text.writers import make_writer
 from torsh_text import Classifier, Encoder, Generator, Label, ZeroShot
 from torsh_text._label_likelihood import (
     check_tree,
@@ -16,6 +17,7 @@ from torsh_text._label_likelihood import (
     likelihoods_as_tree,
     likelihoods_one_by_one,
 )
+from torsh_text._runtime import Budget
 
 WORDS = ["w10", "w20 w21", "w30 w31 w32"]
 TEMPLATE = "w40 {} w41"
@@ -150,6 +152,54 @@ def test_long_texts_are_cut_and_counted_or_refused():
         model.predict(texts, WORDS, long="error")
 
 
+def test_texts_are_counted_that_were_cut_not_pairs():
+    """Four texts, each cut beside the long label only."""
+    texts = random_texts([33, 33, 33, 33])
+    assert len(set(texts)) == 4
+    for labels in (["w10", "w30 w31 w32 w33"], ["w10 w11", "w20 w21 w22", "w30 w31 w32 w33"]):
+        with pytest.warns(UserWarning, match="4 texts were too long"):
+            ZeroShot(make_nli()).predict(texts, labels, template=TEMPLATE)
+
+
+def test_one_text_has_one_row_of_scores():
+    model = ZeroShot(make_nli())
+    assert torch.equal(model.scores("w5", WORDS), model.scores(["w5"], WORDS)[0])
+
+
+def test_it_is_a_module_of_its_model():
+    classifier = make_nli()
+    model = ZeroShot(classifier)
+    assert not model.training
+    assert list(model.children()) == [classifier]
+    model.train()
+    with pytest.raises(RuntimeError, match=r"training mode; call \.eval\(\) first"):
+        model.predict("w5", WORDS)
+    assert model.eval().predict("w5", WORDS).name in WORDS
+    model.to(torch.float64)
+    assert classifier.backbone.dtype == torch.float64
+
+
+def test_out_of_memory_shrinks_the_batches_of_labels():
+    model = make_lm()
+    draw = torch.Generator().manual_seed(3)
+    prompts = [torch.randint(4, 500, (n,), generator=draw).tolist() for n in (5, 12, 20, 7, 1)]
+    labels = [[5, 6], [7]]
+    expected = likelihoods_as_tree(model, prompts, labels, budget=Budget(1000))
+    sizes = []
+
+    def small(module, args, kwargs):
+        sizes.append(len(kwargs["input_ids"]))
+        if sizes[-1] > 2:
+            raise torch.OutOfMemoryError("no more than two rows")
+
+    with model.register_forward_pre_hook(small, with_kwargs=True) as _, torch.no_grad():
+        budget = Budget(1000)
+        found = likelihoods_as_tree(model, prompts, labels, budget=budget)
+    assert sizes[0] == 5
+    assert budget.max_tokens < 5 * 23
+    assert (found - expected).abs().max() <= 2e-5
+
+
 @pytest.mark.parametrize(
     ("labels", "options", "message"),
     [
@@ -158,6 +208,7 @@ def test_long_texts_are_cut_and_counted_or_refused():
         (WORDS, {"template": "about"}, "has to hold {} once"),
         (WORDS, {"long": "mean"}, "long='mean' is none of"),
         (WORDS, {"top_k": 0}, "top_k=0"),
+        (WORDS, {"top_k": 4}, "top_k=4 is not between 1 and the 3 labels"),
     ],
 )
 def test_refuses_wrong_options(labels, options, message):
@@ -220,7 +271,7 @@ def test_a_tree_of_labels_is_each_label_alone(family):
     with torch.no_grad():
         expected = likelihoods_one_by_one(model, prompts, labels)
         for budget in (1, 60, 1000):
-            found = likelihoods_as_tree(model, prompts, labels, max_tokens=budget)
+            found = likelihoods_as_tree(model, prompts, labels, budget=Budget(budget))
             assert (found - expected).abs().max() <= 2e-5  # rounding of log-probabilities near 6
 
 
@@ -231,8 +282,8 @@ def test_rows_beyond_a_sliding_window_are_asked_one_by_one():
     labels = [[5, 6], [7]]
     with torch.no_grad():
         expected = likelihoods_one_by_one(model, prompts, labels)
-        tree = likelihoods_as_tree(model, prompts, labels, max_tokens=100)
-        found = label_likelihoods(model, prompts, labels, max_tokens=100)
+        tree = likelihoods_as_tree(model, prompts, labels, budget=Budget(100))
+        found = label_likelihoods(model, prompts, labels, budget=Budget(100))
     assert (found - expected).abs().max() <= 2e-5
     assert (tree - expected).abs().max() > 0.01  # so the split is needed
 
@@ -313,6 +364,14 @@ def test_loads_by_what_a_folder_holds(tmp_path, minilm_path):
     assert ZeroShot(tmp_path / "nli").via == "nli"
     assert ZeroShot(tmp_path / "lm").via == "lm"
     assert ZeroShot(str(minilm_path)).via == "embed"
+
+
+def test_a_language_model_without_its_weights_is_refused(tmp_path, minilm_path):
+    with pytest.raises(ValueError, match=r"lack \d+ tensors of BertLMHeadModel .*would be random"):
+        ZeroShot(minilm_path, via="lm")
+    t5 = make_writer("t5")
+    with pytest.raises(TypeError, match="needs a causal model, T5ForConditionalGeneration"):
+        ZeroShot(t5, tokenizer=make_tokenizer())
 
 
 def test_real_questions_and_reviews(minilm, text_data):

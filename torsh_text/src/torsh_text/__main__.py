@@ -48,8 +48,8 @@ def main() -> None:
         subcommand_cli_from_dict(_COMMANDS, prog="torsh-text")
     except (ValueError, TypeError, OSError, ImportError, RuntimeError) as error:
         raise SystemExit(f"torsh-text: {error}") from error
-    except KeyboardInterrupt:
-        raise SystemExit("torsh-text: interrupted; the same command goes on from here") from None
+    except KeyboardInterrupt as stop:
+        raise SystemExit("; ".join(["torsh-text: interrupted", *map(str, stop.args)])) from None
 
 
 if __name__ == "__main__":

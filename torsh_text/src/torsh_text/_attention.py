@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
 
 import torch
@@ -256,6 +257,37 @@ def packed_inputs(batch: PackedBatch) -> dict[str, Any]:
     if (types := batch.token_type_ids) is not None:
         inputs["token_type_ids"] = types.long()
     return inputs
+
+
+def positioned(
+    model: nn.Module, inputs: Mapping[str, Tensor], first_position: int
+) -> dict[str, Tensor]:
+    """Add each token's position, counted by the mask, so that padding may be on either side.
+
+    A model that takes no positions gets none: it counts by the mask itself, or not at all.
+
+    Args:
+        model: What will be called with the inputs.
+        inputs: ``input_ids`` and, unless nothing is padded, ``attention_mask``.
+        first_position: Position of a row's first token.
+
+    Example:
+        >>> class Model(nn.Module):
+        ...     def forward(self, input_ids, attention_mask, position_ids): ...
+        >>> mask = torch.tensor([[0, 0, 1, 1], [1, 1, 1, 0]])
+        >>> inputs = {"input_ids": torch.ones_like(mask), "attention_mask": mask}
+        >>> positioned(Model(), inputs, 0)["position_ids"].tolist()
+        [[0, 0, 0, 1], [0, 1, 2, 2]]
+    """
+    mask = inputs.get("attention_mask")
+    if (
+        mask is None
+        or "position_ids" in inputs
+        or "position_ids" not in _forward_parameters(type(model))
+    ):
+        return dict(inputs)
+    positions = ((mask != 0).cumsum(1) - 1).clamp_min(0) + first_position
+    return {**inputs, "position_ids": positions}
 
 
 def last_states(backbone: "PreTrainedModel", inputs: dict[str, Any]) -> Tensor:

@@ -3,6 +3,8 @@
 import hashlib
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -183,6 +185,26 @@ def find_model(
     return folder
 
 
+@contextmanager
+def quiet_loading(*, reports: bool = True) -> Iterator[None]:
+    """No progress bars of transformers meanwhile; without ``reports`` no table of what is missing.
+
+    Without the table, who calls has to look at ``missing_keys`` and say what it means.
+    """
+    from transformers.utils import logging as hf_logging
+
+    shown, level = hf_logging.is_progress_bar_enabled(), hf_logging.get_verbosity()
+    hf_logging.disable_progress_bar()
+    if not reports:
+        hf_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        hf_logging.set_verbosity(level)
+        if shown:
+            hf_logging.enable_progress_bar()
+
+
 def load_backbone(
     folder: Path, *, dtype: torch.dtype, trust_remote_code: bool
 ) -> "PreTrainedModel":
@@ -194,13 +216,10 @@ def load_backbone(
         ValueError: If weights are missing (they would be random) or the model has no encoder.
     """
     from transformers import AutoConfig, AutoModel, AutoModelForTextEncoding
-    from transformers.utils import logging as hf_logging
 
     config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     loader = AutoModelForTextEncoding if config.is_encoder_decoder else AutoModel
-    shown = hf_logging.is_progress_bar_enabled()
-    hf_logging.disable_progress_bar()
-    try:
+    with quiet_loading():
         model, report = loader.from_pretrained(
             folder,
             config=config,
@@ -208,9 +227,6 @@ def load_backbone(
             trust_remote_code=trust_remote_code,
             output_loading_info=True,
         )
-    finally:
-        if shown:
-            hf_logging.enable_progress_bar()
     missing = sorted(key for key in report["missing_keys"] if "pooler." not in key)
     if missing:
         raise ValueError(

@@ -173,10 +173,11 @@ class CacheFolder:
             path = self.path / f"{number:019d}{KEYS}"
             try:
                 known = self.places[self._numbers[number]] if number in self._numbers else None
+                if known is not None and not known.grow():
+                    self._retire(number)  # somebody cut its files: reading its maps would kill
+                    known = None
                 if known is None:
                     self._add(Segment(path))
-                else:
-                    known.grow()
             except FileNotFoundError:
                 if not path.exists():
                     return False

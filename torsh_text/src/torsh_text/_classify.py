@@ -7,19 +7,18 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast, overload
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from . import _backbone
+from ._attention import positioned
 from ._heads import check_head, find_head, head_logits, load_classifier
 from ._labels import Label, check_ranking, checked_names, ranked
 from ._packing import PackedBatch
 from ._runtime import check_max_tokens, join_pieces, progress_bar, tokenized_windows
-from ._saving import write_json
 from ._token_model import Attention, TokenModel
-from ._tokenizing import Long, checked_texts
-from ._writing import staged_folder
+from ._tokenizing import Long
+from ._writing import staged_folder, write_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -121,7 +120,8 @@ class Classifier(TokenModel):
             labels: Names for a new head with random weights, which has to be trained before it
                 says anything. A head that the weights hold is kept if it has as many labels and
                 these names, or only placeholders (``LABEL_0``). None: the weights hold the head.
-            multi_label: Whether a text may have several of the new labels.
+            multi_label: Whether a text may have several of the new labels. False leaves a head that
+                is kept as it was trained.
             seed: Seed of the new head.
             max_length: Tokens after which a text is cut; None reads it from the folder.
             dtype: ``"auto"`` is bfloat16 on CUDA and float32 elsewhere; or a torch dtype or its
@@ -242,7 +242,7 @@ class Classifier(TokenModel):
             ValueError: As :meth:`scores`.
             RuntimeError: As :meth:`scores`.
         """
-        check_ranking(top_k=top_k, threshold=threshold)
+        check_ranking(top_k=top_k, threshold=threshold, count=len(self.labels))
         several = self._several(multi_label)
         single = isinstance(texts, str)
         scores, cut = self._scored(texts, multi_label, long, max_tokens, progress)
@@ -288,18 +288,6 @@ class Classifier(TokenModel):
         self._warn_cut(*cut)
         return scores[0] if isinstance(texts, str) else scores
 
-    def pack(self, texts: Sequence[str]) -> PackedBatch:
-        """Tokenize texts into one packed batch on the CPU, in order: input of :meth:`forward`.
-
-        Texts beyond ``max_length`` are cut, with a warning. A ``DataLoader`` takes this as (part
-        of) its ``collate_fn``.
-        """
-        items = checked_texts(texts)
-        rows = self.row_tokenizer.rows(items)
-        self._warn_cut(len(rows.too_long), f"{len(items)} texts")
-        everything = np.arange(len(rows.lengths))
-        return rows.batch(everything, first_position=self.first_position)
-
     def logits_of_pairs(
         self,
         pairs: Sequence[tuple[str, str]],
@@ -307,7 +295,7 @@ class Classifier(TokenModel):
         long: Long = "truncate",
         max_tokens: int | Literal["auto"] = "auto",
         progress: bool = False,
-    ) -> tuple[Tensor, int]:
+    ) -> tuple[Tensor, list[tuple[str, str]]]:
         """Logits of pairs of texts, in input order, without gradients.
 
         Args:
@@ -317,12 +305,13 @@ class Classifier(TokenModel):
             progress: Show a progress bar.
 
         Returns:
-            float32 ``(pairs, labels)``, and how many different pairs were cut.
+            float32 ``(pairs, labels)``, and the different pairs that were cut.
         """
         self._texts([])
-        return self._rows_through(
+        logits, cut = self._rows_through(
             pairs, torch.clone, long=long, max_tokens=max_tokens, progress=progress
         )
+        return logits, cast("list[tuple[str, str]]", cut)
 
     def save_pretrained(self, path: str | os.PathLike[str]) -> None:
         """Write a folder that :meth:`from_pretrained` and transformers load."""
@@ -371,7 +360,11 @@ class Classifier(TokenModel):
             items, finish, long=long, max_tokens=max_tokens, progress=progress
         )
         of = f"{len(set(items))} different texts"
-        return scores, (cut if long == "truncate" else 0, of, "; use long='mean' or long='error'")
+        return scores, (
+            len(cut) if long == "truncate" else 0,
+            of,
+            "; use long='mean' or long='error'",
+        )
 
     def _rows_through(
         self,
@@ -381,19 +374,19 @@ class Classifier(TokenModel):
         long: Long,
         max_tokens: int | Literal["auto"],
         progress: bool = False,
-    ) -> tuple[Tensor, int]:
-        """Finished logits of texts or pairs ``(items, labels)``, and how many did not fit."""
+    ) -> tuple[Tensor, list[str] | list[tuple[str, str]]]:
+        """Finished logits of texts or pairs ``(items, labels)``, and those that did not fit."""
         check_max_tokens(max_tokens)
         if long not in ("truncate", "error", "mean"):
             raise ValueError(f"long={long!r} is none of 'truncate', 'error', 'mean'")
         unique: dict[str | tuple[str, str], int] = {}
         where = [unique.setdefault(item, len(unique)) for item in items]
         keys = cast("list[str]", list(unique))
-        cut = 0
+        cut: list[str] = []
         scores = torch.empty(len(keys), len(self.labels), device=self.backbone.device)
         with torch.inference_mode(), progress_bar(len(keys), shown=progress) as bar:
             for start, rows in tokenized_windows(keys, self.row_tokenizer, long=long):
-                cut += len(rows.too_long)
+                cut += [keys[start + index] for index in rows.too_long]
                 if cut and long == "error":
                     index = where.index(start + rows.too_long[0])
                     raise ValueError(
@@ -426,6 +419,7 @@ class Classifier(TokenModel):
         inputs = {key: batch[key] for key in names if key in batch}
         config = self.model.config
         if not config.is_encoder_decoder:
+            inputs = positioned(self.model, inputs, self.first_position)
             return self.model(**inputs).logits.float()
         # BART and T5 read the state of the last end-of-text token and want as many in every row
         ends = (inputs["input_ids"] == config.eos_token_id).sum(1)

@@ -1,7 +1,6 @@
 """Batches of prompts through ``generate`` of transformers, within a budget of tokens."""
 
 import copy
-import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -9,14 +8,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from ._packing import plan_batches
+from ._back_off import run_batches
 from ._runtime import Budget
 from ._sampling import FiniteGuard, SeededSampling
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedModel
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -116,38 +113,19 @@ class BatchDecoder:
         lengths = np.array([len(row) for row in rows], dtype=np.int64)
         costs = (lengths + search.max_new_tokens) * search.num_beams
         found: list[list[Answer]] = [[] for _ in rows]
-        left = np.arange(len(rows))
-        while len(left):
-            plan = plan_batches(
-                costs[left], max_tokens=budget.max_tokens, max_rows=budget.max_rows, padded=True
+
+        def compute(indices: np.ndarray) -> None:
+            chosen = indices.tolist()
+            answers = self._batch(
+                [rows[i] for i in chosen],
+                None if keys is None else [keys[i] for i in chosen],
+                search,
             )
-            ready = 0
-            for positions in plan:
-                chosen = left[positions].tolist()
-                try:
-                    answers = self._batch(
-                        [rows[i] for i in chosen],
-                        None if keys is None else [keys[i] for i in chosen],
-                        search,
-                    )
-                except torch.OutOfMemoryError:
-                    if len(chosen) == 1:
-                        raise
-                    cost = len(chosen) * int(costs[chosen].max())
-                else:
-                    for index, answer in zip(chosen, answers, strict=True):
-                        found[index] = answer
-                    done(len(chosen))
-                    ready += 1
-                    continue
-                # outside the handler: its traceback would keep the failed batch's tensors alive
-                budget.halve(cost)
-                if self._model.device.type == "cuda":
-                    torch.cuda.empty_cache()
-                logger.info("out of memory; going on with %d tokens a batch", budget.max_tokens)
-                break
-            rest = plan[ready:]
-            left = np.concatenate([left[p] for p in rest]) if rest else left[:0]
+            for index, answer in zip(chosen, answers, strict=True):
+                found[index] = answer
+            done(len(chosen))
+
+        run_batches(costs, compute, budget=budget, device=self._model.device)
         return found
 
     @torch.inference_mode()

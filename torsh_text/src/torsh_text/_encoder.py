@@ -1,5 +1,6 @@
 """The encoder: texts or batches in, vectors out."""
 
+import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -11,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import _backbone
-from ._attention import last_states
+from ._attention import last_states, positioned
 from ._cache import EmbeddingCache, open_cache
 from ._fingerprint import arithmetic, weights_seen
 from ._packing import PackedBatch
@@ -26,7 +27,7 @@ from ._runtime import (
 from ._saving import write_model
 from ._shelf import Shelf
 from ._token_model import Attention, TokenModel
-from ._tokenizing import Long, checked_texts, vocabulary
+from ._tokenizing import Long
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -173,7 +174,7 @@ class Encoder(TokenModel):
         Args:
             batch: A :class:`PackedBatch` (see :meth:`pack`), or a padded mapping with
                 ``input_ids`` ``(rows, length)`` and, unless nothing is padded,
-                ``attention_mask``.
+                ``attention_mask``; padding may be on either side.
 
         Returns:
             float32 ``(rows, dim)``, of length one if the model normalizes.
@@ -302,17 +303,33 @@ class Encoder(TokenModel):
             vectors = vectors[0]
         return vectors.cpu().numpy() if out == "numpy" else vectors
 
+    @overload
     def token_embeddings(
-        self, texts: Iterable[str], *, max_tokens: int | Literal["auto"] = "auto"
-    ) -> list[Tensor]:
+        self, texts: str, *, max_tokens: int | Literal["auto"] = ...
+    ) -> Tensor: ...
+
+    @overload
+    def token_embeddings(
+        self, texts: Iterable[str], *, max_tokens: int | Literal["auto"] = ...
+    ) -> list[Tensor]: ...
+
+    def token_embeddings(
+        self, texts: str | Iterable[str], *, max_tokens: int | Literal["auto"] = "auto"
+    ) -> Tensor | list[Tensor]:
         """Return the last state of every token, special tokens included, without gradients.
 
         Args:
-            texts: The texts; those beyond ``max_length`` are cut, with a warning.
+            texts: The texts, or one text; those beyond ``max_length`` are cut, with a warning.
             max_tokens: As for :meth:`encode`.
 
         Returns:
-            For each text a float32 tensor ``(tokens, hidden)`` on the model's device.
+            For each text a float32 tensor ``(tokens, hidden)`` on the model's device; for one text
+            its tensor.
+
+        Raises:
+            TypeError: If an item is not a string, or ``max_tokens`` no integer.
+            ValueError: If a text is no Unicode.
+            RuntimeError: If the encoder is in training mode, or a state is not finite.
         """
         check_max_tokens(max_tokens)
         items, prefix = self._prepared(texts, None)
@@ -326,25 +343,24 @@ class Encoder(TokenModel):
                 cut += len(rows.too_long)
 
                 def compute(batch: PackedBatch, indices: Tensor, start: int = start) -> None:
-                    states = self._token_states(batch).float().split(batch.lengths)
-                    for index, state in zip(indices.tolist(), states, strict=True):
+                    states = self._token_states(batch).float()
+                    finite = states.isfinite().all(1)
+                    for index, state, good in zip(
+                        indices.tolist(),
+                        states.split(batch.lengths),
+                        finite.cpu().split(batch.lengths),
+                        strict=True,
+                    ):
+                        if not bool(good.all()):
+                            raise RuntimeError(
+                                f"a token state of texts[{start + index}] is not finite; load the"
+                                " model with dtype='float32'"
+                            )
                         found[start + index] = state
 
                 self._compute(rows, compute, max_tokens)
         self._warn_cut(cut, f"{len(items)} texts")
-        return found
-
-    def pack(self, texts: Sequence[str]) -> PackedBatch:
-        """Tokenize texts into one packed batch on the CPU, in order: input of :meth:`forward`.
-
-        Texts beyond ``max_length`` are cut, with a warning. A ``DataLoader`` takes this as its
-        ``collate_fn``.
-        """
-        items, prefix = checked_texts(texts), self.prompts.get(self._default_prompt or "", "")
-        rows = self.row_tokenizer.rows([prefix + text for text in items])
-        self._warn_cut(len(rows.too_long), f"{len(items)} texts")
-        everything = np.arange(len(rows.lengths))
-        return rows.batch(everything, first_position=self.first_position)
+        return found[0] if isinstance(texts, str) else found
 
     @property
     def fingerprint(self) -> str:
@@ -355,17 +371,18 @@ class Encoder(TokenModel):
         few single entries through ``parameter.data``, which hides changes from autograd, is not
         noticed.
         """
-        prompt = self.prompts.get(self._default_prompt or "", "")
         dense = [repr(layer) for layer in self.dense]  # names the activations
         settings = repr(
-            (self._modes, self._normalize, self.max_length, self._lower_case, prompt, dense)
+            (self._modes, self._normalize, self.max_length, self._lower_case, self._prefix, dense)
         )
-        config = self.backbone.config.to_json_string()
+        config = json.loads(self.backbone.config.to_json_string())
+        config.pop("transformers_version", None)  # of this machine, not of the model
+        about = settings + json.dumps(config, sort_keys=True)
         weights = weights_seen(self)
-        seen = (weights, self.row_tokenizer, len(self.tokenizer), settings, config)
+        seen = (weights, self.row_tokenizer, len(self.tokenizer), about)
         if weights is None or self._fingerprint[0] != seen:
-            words = vocabulary(self.tokenizer)
-            self._fingerprint = (seen, _backbone.digest(self.state_dict(), words, settings, config))
+            words = self.row_tokenizer.described()
+            self._fingerprint = (seen, _backbone.digest(self.state_dict(), words, about))
         return self._fingerprint[1]
 
     def _facts(self) -> dict[str, str]:
@@ -401,9 +418,11 @@ class Encoder(TokenModel):
         )
 
     def _prepared(self, texts: str | Iterable[str], prompt: str | None) -> tuple[list[str], str]:
-        if prompt is None:
-            prompt = self.prompts.get(self._default_prompt or "", "")
-        return self._texts(texts), prompt
+        return self._texts(texts), self._prefix if prompt is None else prompt
+
+    @property
+    def _prefix(self) -> str:
+        return self.prompts.get(self._default_prompt or "", "")
 
     def _pooled(self, batch: PackedBatch | Mapping[str, Tensor]) -> Tensor:
         if isinstance(batch, PackedBatch):
@@ -411,7 +430,9 @@ class Encoder(TokenModel):
         else:
             ids, mask = batch["input_ids"], batch.get("attention_mask")
             mask = torch.ones_like(ids) if mask is None else mask
-            states = last_states(self.backbone, {"input_ids": ids, "attention_mask": mask})
+            inputs = {"input_ids": ids, "attention_mask": mask}
+            inputs = positioned(self.backbone, inputs, self.first_position)
+            states = last_states(self.backbone, inputs)
             vectors = pool_padded(states, mask, self._modes)
         for layer in self.dense:
             vectors = layer(vectors).float()

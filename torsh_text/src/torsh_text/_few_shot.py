@@ -60,9 +60,10 @@ class FewShot(nn.Module):
         self.labels: list[str] = []
         self.c: float | None = None
         self.losses: list[float] = []
-        self._given = encoder if finetune else None
+        # in a tuple, so that it is no part: the weights of `encoder` are those that count
+        self._given = (encoder,) if finetune else None
         self._seed = seed
-        self.train(encoder.training)
+        self.training = encoder.training
 
     def fit(
         self,
@@ -190,7 +191,8 @@ class FewShot(nn.Module):
         Returns:
             For each text a :class:`Label` or a list of them; for one text, what it has.
         """
-        check_ranking(top_k=top_k, threshold=0)
+        self._fitted()
+        check_ranking(top_k=top_k, threshold=0, count=len(self.labels))
         scores = self.scores(
             [texts] if isinstance(texts, str) else texts,
             long=long,
@@ -216,13 +218,24 @@ class FewShot(nn.Module):
 
         Returns:
             float32 ``(texts, labels)``, or ``(labels,)`` for one text.
+
+        Raises:
+            RuntimeError: If there was no :meth:`fit`, or a score is not finite.
         """
         head = self._fitted()
         vectors = self.encoder.encode(
             texts, long=long, max_tokens=max_tokens, cache=cache, progress=progress
         )
         with torch.no_grad():
-            return head(vectors).softmax(-1)
+            scores = head(vectors).softmax(-1)
+        finite = scores.reshape(-1, len(self.labels)).isfinite().all(1)
+        if not bool(finite.all()):
+            index = int((~finite).nonzero()[0])
+            raise RuntimeError(
+                f"a score of texts[{index}] is not finite; check the head's weights, or load the"
+                " encoder with dtype='float32' and fit again"
+            )
+        return scores
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write a folder with the encoder, the head and the labels, that :meth:`load` reads."""
@@ -289,9 +302,9 @@ class FewShot(nn.Module):
         lr: float,
         progress: bool,
     ) -> None:
-        given = self._given
-        if given is None:
+        if self._given is None:
             return
+        (given,) = self._given
         if given.backbone.dtype in _HALF:
             raise ValueError(
                 f"the encoder has {given.backbone.dtype} weights, too coarse for small steps; load"
@@ -308,7 +321,7 @@ class FewShot(nn.Module):
                 f"label {names[int(counts.argmin())]!r} has a single text; fine-tuning compares"
                 " texts of a label, so give two at least"
             )
-        self.encoder = copy.deepcopy(given)
+        self.encoder = copy.deepcopy(given).to(self.encoder.backbone.device)
         self.losses = tune_on_pairs(
             self.encoder,
             items,

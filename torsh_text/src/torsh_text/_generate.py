@@ -343,6 +343,16 @@ class Generator(nn.Module):
         """Tokens a text may have so that nothing of it is cut."""
         return self._room(max_new_tokens) - self._frame(instruction, system).overhead()
 
+    def rooms(
+        self, texts: Sequence[str], *, instruction: str = "", system: str | None = None
+    ) -> list[int]:
+        """Most new tokens for each text so that nothing of it is cut; below 1 if none fits."""
+        prompts = self._frame(instruction, system).fit(list(texts), 10**9)
+        if not self._seq2seq:
+            return [self.max_length - len(row) for row in prompts.rows]
+        limit = _backbone.longest_row(self.model) or 10**9
+        return [limit - 1 if len(row) <= self.max_length else 0 for row in prompts.rows]
+
     def count_tokens(self, texts: Sequence[str]) -> list[int]:
         """Tokens of each text alone, without special tokens."""
         if not texts:
@@ -387,10 +397,10 @@ class Generator(nn.Module):
         progress: bool,
     ) -> list[list[Generation]]:
         """Check, tokenize each different text once, search, and put answers in input order."""
-        if self.training:
+        if any(module.training for module in self.modules()):
             raise RuntimeError(
-                "the generator is in training mode, where dropout would change the answers; call"
-                " .eval() first, or call the generator on a batch"
+                "the generator is in training mode (or a part of it), where dropout would change"
+                " the answers; call .eval() first, or call the generator on a batch"
             )
         check_max_tokens(max_tokens)
         if not isinstance(seed, int) or isinstance(seed, bool):

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ._backbone import find_model
+from ._backbone import find_model, quiet_loading
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -56,7 +56,7 @@ def load_generator(
     if written and not config.is_encoder_decoder:
         raise ValueError(f"{str(name)!r} is a {written[0]}, which fills in words and cannot write")
     loader: Any = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-    with _quiet():
+    with quiet_loading(reports=False):
         model, report = loader.from_pretrained(
             folder,
             config=None if extra else config,
@@ -70,8 +70,22 @@ def load_generator(
             f"the weights in {folder} lack {len(missing)} tensors of {type(model).__name__} (first:"
             f" {missing[0]!r}); they would be random. Load a model that was trained to write"
         )
+    model.eval()
+    if not config.is_encoder_decoder and _looks_ahead(model):
+        raise ValueError(
+            f"{str(name)!r} is an encoder: as a {type(model).__name__} its words see those that"
+            " come later, so it cannot write. Load a causal or seq2seq model"
+        )
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code, **extra)
-    return model.eval(), tokenizer
+    return model, tokenizer
+
+
+@torch.inference_mode()
+def _looks_ahead(model: "PreTrainedModel") -> bool:
+    """Whether scores of a token change with the one behind it, as in an encoder with a head."""
+    ids = torch.tensor([[3, 4], [3, 5]], device=model.device)
+    first, second = model(input_ids=ids, use_cache=False).logits[:, 0].float()
+    return not torch.allclose(first, second, rtol=1e-2, atol=1e-2)
 
 
 def _find_gguf(
@@ -102,19 +116,3 @@ def _find_gguf(
         ) from error
     except HfHubHTTPError as error:
         raise FileNotFoundError(f"the hub does not give out {name!r}: {error}") from error
-
-
-class _quiet:  # noqa: N801  (reads as a statement)
-    """No progress bars of transformers meanwhile."""
-
-    def __enter__(self) -> None:
-        from transformers.utils import logging as hf_logging
-
-        self._shown = hf_logging.is_progress_bar_enabled()
-        hf_logging.disable_progress_bar()
-
-    def __exit__(self, *_: object) -> None:
-        from transformers.utils import logging as hf_logging
-
-        if self._shown:
-            hf_logging.enable_progress_bar()

@@ -1,7 +1,7 @@
 """Heads of sequence classifiers, fed with the states of packed rows."""
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ._attention import last_states
+from ._backbone import quiet_loading
 from ._packing import PackedBatch
 from ._pooling import pool_packed
 from ._selfcheck import check_rows
@@ -144,10 +145,6 @@ def check_head(
     return None if error <= limit else f"logits from packed rows are off by {error:.1e}"
 
 
-def _placeholders(names: Mapping[int, str]) -> bool:
-    return all(str(name) == f"LABEL_{index}" for index, name in names.items())
-
-
 def _renew_head(model: "PreTrainedModel") -> None:
     """Draw all weights outside the transformer anew."""
     for layer in model.children():
@@ -155,6 +152,72 @@ def _renew_head(model: "PreTrainedModel") -> None:
             for module in layer.modules():
                 if callable(reset := getattr(module, "reset_parameters", None)):
                     reset()
+
+
+def load_headed(
+    auto: Any,
+    folder: Path,
+    *,
+    labels: Sequence[str] | None,
+    seed: int,
+    dtype: torch.dtype,
+    trust_remote_code: bool,
+) -> "tuple[PreTrainedModel, bool]":
+    """Load a transformer and its head on the CPU, in eval mode; with ``labels``, maybe a new head.
+
+    The head that the weights hold is kept if it has as many labels and these names, or only
+    placeholders (``LABEL_0``).
+
+    Args:
+        auto: Class of transformers that loads it, such as ``AutoModelForTokenClassification``.
+        folder: Folder of transformers.
+        labels: Names of the outputs; None for the folder's.
+        seed: Decides the weights of a new head.
+        dtype: Of the weights.
+        trust_remote_code: Let the model's own code run on this machine.
+
+    Returns:
+        The model, and whether its head is new.
+
+    Raises:
+        ValueError: If weights are missing, or there is no head and ``labels`` is None.
+    """
+    from transformers import AutoConfig
+
+    config: Any = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    kept = True
+    if labels is not None:
+        old = [str(config.id2label[i]) for i in range(config.num_labels)]
+        unnamed = old == [f"LABEL_{i}" for i in range(len(labels))]
+        kept = unnamed or old == list(labels)
+        config.id2label = dict(enumerate(labels))
+        config.label2id = {name: index for index, name in enumerate(labels)}
+    # without reports: what is missing is said below, or shall be new
+    with quiet_loading(reports=False), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model, report = auto.from_pretrained(
+            folder,
+            config=config,
+            dtype=dtype,  # not .to(dtype): that would round rotary tables too
+            trust_remote_code=trust_remote_code,
+            ignore_mismatched_sizes=labels is not None,
+            output_loading_info=True,
+        )
+        missing = sorted(report["missing_keys"])
+        if not kept and not missing:
+            _renew_head(model)
+    inside = f"{model.base_model_prefix}."
+    mismatched = [key for key, *_ in report["mismatched_keys"]]
+    lost = [key for key in (*missing, *mismatched) if key.startswith(inside)]
+    lost = [key for key in lost if "pooler." not in key]
+    if lost or (missing and labels is None):
+        first = (lost or missing)[0]
+        remedy = "Save it with its weights" if lost else "Pass labels=[...] to train a new head"
+        raise ValueError(
+            f"the weights in {folder} lack {len(lost or missing)} tensors of"
+            f" {type(model).__name__} (first: {first!r}); they would be random. {remedy}"
+        )
+    return model.eval(), bool(missing) or not kept
 
 
 def load_classifier(
@@ -166,49 +229,22 @@ def load_classifier(
     dtype: torch.dtype,
     trust_remote_code: bool,
 ) -> "PreTrainedModel":
-    """Load a classifier on the CPU; with ``labels``, make what its head lacks from the seed."""
-    from transformers import AutoConfig, AutoModelForSequenceClassification
-    from transformers.utils import logging as hf_logging
+    """Load a sequence classifier as :func:`load_headed` does.
 
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    kept = labels is None
-    if labels is not None:
-        old = cast("Mapping[int, str]", config.id2label)
-        kept = list(old.values()) == labels or (len(old) == len(labels) and _placeholders(old))
-        config.id2label = dict(enumerate(labels))
-        config.label2id = {name: index for index, name in enumerate(labels)}
-        config.problem_type = (
+    A head that is kept stays single- or multi-label as it was trained, unless ``multi_label``.
+    """
+    from transformers import AutoModelForSequenceClassification
+
+    model, fresh = load_headed(
+        AutoModelForSequenceClassification,
+        folder,
+        labels=labels,
+        seed=seed,
+        dtype=dtype,
+        trust_remote_code=trust_remote_code,
+    )
+    if labels is not None and (fresh or multi_label):
+        model.config.problem_type = (
             "multi_label_classification" if multi_label else "single_label_classification"
         )
-    shown, level = hf_logging.is_progress_bar_enabled(), hf_logging.get_verbosity()
-    hf_logging.disable_progress_bar()
-    hf_logging.set_verbosity_error()  # what is missing is said below
-    try:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            model, report = AutoModelForSequenceClassification.from_pretrained(
-                folder,
-                config=config,
-                dtype=dtype,
-                trust_remote_code=trust_remote_code,
-                ignore_mismatched_sizes=labels is not None,
-                output_loading_info=True,
-            )
-            if not kept:
-                _renew_head(model)
-    finally:
-        hf_logging.set_verbosity(level)
-        if shown:
-            hf_logging.enable_progress_bar()
-    inside = f"{model.base_model_prefix}."
-    missing = sorted(report["missing_keys"])
-    if labels is not None:
-        missing = [key for key in missing if key.startswith(inside) and "pooler." not in key]
-    if missing:
-        raise ValueError(
-            f"the weights in {folder} lack {len(missing)} tensors of {type(model).__name__}"
-            f" (first: {missing[0]!r}); they would be random. Pass labels=[...] to train a new head"
-            if labels is None
-            else f"the weights in {folder} lack {missing[0]!r} of the transformer itself"
-        )
-    return model.eval()
+    return model

@@ -1,19 +1,22 @@
 """Texts in, one JSON record a text out: files of the command line, written so that they resume."""
 
+import fcntl
 import hashlib
 import json
 import os
-import shutil
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, BinaryIO, NamedTuple
 
 from ._runtime import progress_bar
 from ._writing import replacing
 
+GOES_ON = "the same command goes on from here"
 _FORMAT = "torsh-text-partial"
+_MARK = f'{{"format": "{_FORMAT}"'.encode()
 
 
 @dataclass(frozen=True)
@@ -30,8 +33,8 @@ class Texts:
 
     @property
     def digest(self) -> str:
-        """Hash of all texts."""
-        total = hashlib.blake2b(digest_size=16)
+        """Hash of all texts and their lines."""
+        total = hashlib.blake2b(repr(self.lines).encode(), digest_size=16)
         for text in self.texts:
             total.update(hashlib.blake2b(text.encode("utf-8", "surrogatepass")).digest())
         return total.hexdigest()
@@ -40,7 +43,9 @@ class Texts:
 def read_texts(file: Path, field: str) -> Texts:
     """Read the lines of a text file, or one field of each object of a ``.jsonl`` file.
 
-    Only a line feed ends a line: JSON may hold U+2028 and its like, which ``str.splitlines`` cuts.
+    A byte order mark at the beginning is no part of the text. Only a line feed ends a line: JSON
+    may hold U+2028 and its like, which ``str.splitlines`` cuts. Bytes that are no UTF-8 become lone
+    surrogates, so that one bad line does not hide all others.
 
     Args:
         file: The file; ``-`` for the standard input, one text a line.
@@ -51,14 +56,16 @@ def read_texts(file: Path, field: str) -> Texts:
     """
     if str(file) == "-":
         return _parsed(sys.stdin, file, field)
-    with file.open(encoding="utf-8", newline="\n") as source:
+    with file.open(encoding="utf-8", errors="surrogateescape", newline="\n") as source:
         return _parsed(source, file, field)
 
 
-def _parsed(source: TextIO, file: Path, field: str) -> Texts:
+def _parsed(source: Iterable[str], file: Path, field: str) -> Texts:
     texts: list[str] = []
     lines: list[int] = []
     for number, line in enumerate(source, 1):
+        if number == 1:
+            line = line.removeprefix("\ufeff")
         if not line.strip():
             continue
         text: Any = line.rstrip("\r\n")
@@ -78,14 +85,34 @@ def _parsed(source: TextIO, file: Path, field: str) -> Texts:
     return Texts(texts, lines)
 
 
+def why_no_text(text: str) -> str | None:
+    """Say why a string is no Unicode text, which no model takes; None if it is one."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        return f"character {error.start} is a lone surrogate or no UTF-8"
+    return None
+
+
+def check_out(
+    out: Path, *, overwrite: bool, source: Path | None = None, option: str = "out"
+) -> None:
+    """Refuse to write where something would be lost.
+
+    Raises:
+        FileExistsError: If ``out`` is there already and may not be replaced.
+        ValueError: If it is the file of the texts.
+    """
+    if not out.exists():
+        return
+    if not overwrite:
+        raise FileExistsError(f"{option}={str(out)!r} exists; name another or add --overwrite")
+    if source is not None and source.exists() and out.samefile(source):
+        raise ValueError(f"{option}={str(out)!r} is the file of the texts; name another")
+
+
 def _json_line(record: Mapping[str, Any]) -> bytes:
     return (json.dumps(record, ensure_ascii=False) + "\n").encode("utf-8", "surrogatepass")
-
-
-def _whole_lines(path: Path) -> list[bytes]:
-    """Lines that were written whole, without the torn one behind them."""
-    lines = path.read_bytes().split(b"\n")
-    return [line + b"\n" for line in lines[:-1]]
 
 
 def partial_of(out: Path) -> Path:
@@ -93,21 +120,31 @@ def partial_of(out: Path) -> Path:
     return out.with_name(out.name + ".partial")
 
 
+Work = Callable[[Sequence[str]], Sequence[Mapping[str, Any]]]
+
+
+class Written(NamedTuple):
+    """What is in a file of records: how many were there before, how many hold an error."""
+
+    before: int
+    refused: int
+
+
 def write_records(
     source: Texts,
-    work: Callable[[Sequence[str]], Sequence[Mapping[str, Any]]],
+    work: Work,
     out: Path,
     *,
     settings: Mapping[str, Any],
     window: int,
     overwrite: bool,
     progress: bool,
-) -> int:
+) -> Written:
     """Write one JSON object for each text to ``out``; go on where an earlier run stopped.
 
     Finished windows are kept in ``OUT.partial``, whose first line says what was asked of which
     texts. The same command again goes on behind them, another one refuses. ``out`` appears when
-    all is there.
+    all is there. One process at a time may write.
 
     Args:
         source: The texts.
@@ -115,60 +152,117 @@ def write_records(
         out: The file.
         settings: What decides about the records, in JSON's types.
         window: Texts worked on between two writes.
-        overwrite: Replace ``out``, and start anew.
+        overwrite: Replace ``out``, and what another command left unfinished.
         progress: Show a progress bar.
-
-    Returns:
-        How many records were there already.
 
     Raises:
         FileExistsError: If ``out`` is there already.
         ValueError: If the unfinished file belongs to another command.
+        RuntimeError: If another process is writing, or the unfinished file is damaged.
     """
     partial = partial_of(out)
-    if overwrite:
-        partial.unlink(missing_ok=True)
-    elif out.exists():
-        raise FileExistsError(f"out={str(out)!r} exists; name another or add --overwrite")
-    header = {"format": _FORMAT, "version": 1, "texts": source.digest, **settings}
-    done = 0
-    if partial.exists():
-        kept = _whole_lines(partial)
-        if not kept or json.loads(kept[0]) != json.loads(_json_line(header)):
+    header = _json_line({"format": _FORMAT, "version": 1, "texts": source.digest, **settings})
+    with _held(partial) as file:
+        try:
+            check_out(out, overwrite=overwrite)
+            before = _resumed(file, header, partial, overwrite=overwrite)
+            with progress_bar(len(source.texts), shown=progress) as bar:
+                bar.update(before)
+                for records, lines in in_windows(source, work, window, start=before):
+                    for record, line in zip(records, lines, strict=True):
+                        file.write(_json_line({"line": line, **record}))
+                    _to_disk(file)
+                    bar.update(len(lines))
+            refused = _publish(partial, out, source.lines)
+        except KeyboardInterrupt as stop:
+            raise (stop if _is_bare(file) else KeyboardInterrupt(GOES_ON)) from None
+        finally:
+            if _is_bare(file):
+                partial.unlink(missing_ok=True)
+        partial.unlink()
+    return Written(before, refused)
+
+
+def in_windows(
+    source: Texts, work: Work, window: int, *, start: int = 0
+) -> Iterator[tuple[Sequence[Mapping[str, Any]], list[int]]]:
+    """Work on some texts after the other: their records and lines."""
+    for first in range(start, len(source.texts), window):
+        part = slice(first, first + window)
+        yield work(source.texts[part]), source.lines[part]
+
+
+@contextmanager
+def _held(path: Path) -> Generator[BinaryIO]:
+    """Open a file to read and append, for this process alone; made if it is not there."""
+    while True:
+        with path.open("a+b") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise RuntimeError(
+                    f"another process is writing {path}; wait until it is done, or name another"
+                    " --out"
+                ) from None
+            # who held it until now may have removed it, and another may have made a new one
+            if _is_at(path, file):
+                yield file
+                return
+
+
+def _is_at(path: Path, file: BinaryIO) -> bool:
+    try:
+        return os.path.samestat(path.stat(), os.fstat(file.fileno()))
+    except FileNotFoundError:
+        return False
+
+
+def _is_bare(file: BinaryIO) -> bool:
+    """Whether an unfinished file holds no record: nothing, or its first line, perhaps torn."""
+    file.seek(0)
+    header = file.readline()
+    return header.startswith(_MARK[: len(header)]) and not file.readline().endswith(b"\n")
+
+
+def _resumed(file: BinaryIO, header: bytes, partial: Path, *, overwrite: bool) -> int:
+    """Count the records of an earlier run, cut off the torn one behind them, or start anew."""
+    if not _is_bare(file):
+        file.seek(0)
+        if file.readline() == header:
+            whole = [len(line) for line in file if line.endswith(b"\n")]
+            file.truncate(len(header) + sum(whole))
+            return len(whole)
+        if not overwrite:
             raise ValueError(
                 f"{partial} was left by another command or other texts; finish that one, or add"
                 " --overwrite to start anew"
             )
-        done = len(kept) - 1
-        with partial.open("r+b") as file:
-            file.truncate(sum(map(len, kept)))
-    with partial.open("ab") as file, progress_bar(len(source.texts), shown=progress) as bar:
-        if not done and not file.tell():
-            file.write(_json_line(header))
-        bar.update(done)
-        for records, lines in _windows(source, work, done, window):
-            for record, line in zip(records, lines, strict=True):
-                file.write(_json_line({"line": line, **record}))
-            file.flush()
-            os.fsync(file.fileno())
-            bar.update(len(lines))
-    _without_header(partial, out)
-    return done
+    file.truncate(0)
+    file.write(header)
+    _to_disk(file)
+    return 0
 
 
-def _windows(
-    source: Texts,
-    work: Callable[[Sequence[str]], Sequence[Mapping[str, Any]]],
-    done: int,
-    window: int,
-) -> Iterator[tuple[Sequence[Mapping[str, Any]], list[int]]]:
-    for start in range(done, len(source.texts), window):
-        part = source.texts[start : start + window]
-        yield work(part), source.lines[start : start + window]
+def _to_disk(file: BinaryIO) -> None:
+    file.flush()
+    os.fsync(file.fileno())
 
 
-def _without_header(partial: Path, out: Path) -> None:
+def _publish(partial: Path, out: Path, lines: list[int]) -> int:
+    """Move the records to ``out`` if there is one for each line; return how many hold an error."""
+    refused = 0
     with replacing(out) as file, partial.open("rb") as rows:
         rows.readline()
-        shutil.copyfileobj(rows, file)
-    partial.unlink()
+        try:
+            for line, row in zip(lines, rows, strict=True):
+                record = json.loads(row)
+                if record["line"] != line:
+                    raise ValueError(line)
+                refused += "error" in record
+                file.write(row)
+        except (ValueError, KeyError, TypeError) as error:
+            raise RuntimeError(
+                f"{partial} does not hold one record for each text; remove it and run the command"
+                " again"
+            ) from error
+    return refused

@@ -1,11 +1,15 @@
 """How likely a causal language model finds each label behind each prompt."""
 
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
+
+from ._back_off import run_batches
+from ._runtime import Budget
 
 _LOGIT_BYTES = 2**30
 
@@ -86,24 +90,12 @@ def _tree_batch(
     }
 
 
-def _batches(
-    lengths: Sequence[int], behind: int, max_tokens: int, rows: int
-) -> Iterator[list[int]]:
-    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
-    start = 0
-    while start < len(order):
-        cost = lengths[order[start]] + behind
-        count = max(1, min(rows, max_tokens // cost))
-        yield order[start : start + count]
-        start += count
-
-
 def likelihoods_as_tree(
     model: Any,
     prompts: Sequence[Sequence[int]],
     labels: Sequence[Sequence[int]],
     *,
-    max_tokens: int,
+    budget: Budget,
 ) -> Tensor:
     """As :func:`likelihoods_one_by_one`, with each prompt computed once.
 
@@ -114,7 +106,7 @@ def likelihoods_as_tree(
         model: A causal language model of transformers whose attention takes a mask of four axes.
         prompts: Token ids of each prompt.
         labels: Token ids of each label.
-        max_tokens: Most tokens in a batch; a longer row gets a batch of its own.
+        budget: Limits of a batch; changed in place when memory runs out.
 
     Returns:
         float32 ``(prompts, labels)`` on the CPU.
@@ -126,9 +118,10 @@ def likelihoods_as_tree(
         options["logits_to_keep"] = behind + 1
     found = torch.empty(len(prompts), len(labels))
     vocabulary = model.config.get_text_config().vocab_size
-    rows = max(1, _LOGIT_BYTES // (8 * (behind + 1) * vocabulary))
-    lengths = [len(prompt) for prompt in prompts]
-    for chosen in _batches(lengths, behind, max_tokens, rows):
+    budget.max_rows = min(budget.max_rows, max(1, _LOGIT_BYTES // (8 * (behind + 1) * vocabulary)))
+
+    def compute(indices: np.ndarray) -> None:
+        chosen = indices.tolist()
         batch = _tree_batch([prompts[i] for i in chosen], branches, model.dtype)
         logits = model(**batch, **options).logits[:, -behind - 1 :].float()
         # normalised where they predict, not for each label token anew
@@ -137,6 +130,9 @@ def likelihoods_as_tree(
         sums = torch.zeros(len(chosen), len(labels), device=tokens.device)
         sums.index_add_(1, branches["label"], tokens)
         found[chosen] = (sums / branches["length"]).cpu()
+
+    costs = np.array([len(prompt) + behind for prompt in prompts], dtype=np.int64)
+    run_batches(costs, compute, budget=budget, device=model.device)
     return found
 
 
@@ -145,7 +141,7 @@ def label_likelihoods(
     prompts: Sequence[Sequence[int]],
     labels: Sequence[Sequence[int]],
     *,
-    max_tokens: int,
+    budget: Budget,
 ) -> Tensor:
     """As a tree where the row fits the model's sliding window, else one by one."""
     holders = [model.config, *model.modules()]
@@ -157,7 +153,7 @@ def label_likelihoods(
         chosen = [i for i, p in enumerate(prompts) if (len(p) + behind <= window) == fits]
         some = [prompts[i] for i in chosen]
         if fits and some:
-            found[chosen] = likelihoods_as_tree(model, some, labels, max_tokens=max_tokens)
+            found[chosen] = likelihoods_as_tree(model, some, labels, budget=budget)
         elif some:
             found[chosen] = likelihoods_one_by_one(model, some, labels)
     return found
@@ -179,7 +175,7 @@ def check_tree(model: Any) -> str | None:
 
     prompts, labels = [draw(9), draw(4)], [draw(1), draw(3), draw(2)]
     try:
-        found = likelihoods_as_tree(model, prompts, labels, max_tokens=40)
+        found = likelihoods_as_tree(model, prompts, labels, budget=Budget(40))
     except torch.OutOfMemoryError:
         raise
     except (

@@ -21,13 +21,19 @@ class Label:
     index: int
 
 
-def check_ranking(*, top_k: object, threshold: object) -> None:
-    """Refuse options of ``predict`` that choose no labels."""
-    if top_k is not None:
-        if not isinstance(top_k, int) or isinstance(top_k, bool):
-            raise TypeError(f"top_k={top_k!r} is neither None nor an integer")
-        if top_k < 1:
-            raise ValueError(f"top_k={top_k} is not positive; use None for all that apply")
+def check_top_k(top_k: object, count: int, kind: str = "labels") -> None:
+    """Refuse what is neither None nor a number of labels that there are."""
+    if top_k is None:
+        return
+    if not isinstance(top_k, int) or isinstance(top_k, bool):
+        raise TypeError(f"top_k={top_k!r} is neither None nor an integer")
+    if not 1 <= top_k <= count:
+        raise ValueError(f"top_k={top_k} is not between 1 and the {count} {kind}")
+
+
+def check_ranking(*, top_k: object, threshold: object, count: int) -> None:
+    """Refuse options of ``predict`` that do not fit ``count`` labels."""
+    check_top_k(top_k, count)
     if not isinstance(threshold, (int, float)) or not 0 <= threshold <= 1:
         raise ValueError(f"threshold={threshold!r} is not a number between 0 and 1")
 

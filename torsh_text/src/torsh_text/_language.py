@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ._fasttext import FastText
 from ._fasttext_file import FastTextModel, read_fasttext
 from ._fasttext_saving import load_fasttext, save_fasttext
+from ._labels import check_top_k
 from ._language_names import NAMES
 from ._language_spans import best_path, units
 
@@ -261,18 +262,18 @@ class LanguageDetector(nn.Module):
 
     @overload
     def predict(
-        self, texts: str, *, top_k: Literal[1] = 1, min_score: float = 0.0, progress: bool = False
+        self, texts: str, *, top_k: None = None, min_score: float = 0.0, progress: bool = False
     ) -> Language: ...
     @overload
     def predict(
         self, texts: str, *, top_k: int, min_score: float = 0.0, progress: bool = False
-    ) -> Language | list[Language]: ...
+    ) -> list[Language]: ...
     @overload
     def predict(
         self,
         texts: Iterable[str],
         *,
-        top_k: Literal[1] = 1,
+        top_k: None = None,
         min_score: float = 0.0,
         progress: bool = False,
     ) -> list[Language]: ...
@@ -284,13 +285,13 @@ class LanguageDetector(nn.Module):
         top_k: int,
         min_score: float = 0.0,
         progress: bool = False,
-    ) -> list[Language] | list[list[Language]]: ...
+    ) -> list[list[Language]]: ...
     @torch.inference_mode()
     def predict(
         self,
         texts: str | Iterable[str],
         *,
-        top_k: int = 1,
+        top_k: int | None = None,
         min_score: float = 0.0,
         progress: bool = False,
     ) -> Language | list[Language] | list[list[Language]]:
@@ -301,8 +302,8 @@ class LanguageDetector(nn.Module):
 
         Args:
             texts: A text, or any number of them.
-            top_k: With 1 there is one :class:`Language` for each text, otherwise a list of the
-                ``top_k`` most probable ones, best first.
+            top_k: That many languages for each text, best first, as a list; None for the best
+                alone.
             min_score: Drop languages below this probability; ``"und"`` where none is left.
             progress: Show a bar.
 
@@ -318,20 +319,18 @@ class LanguageDetector(nn.Module):
         from tqdm.auto import tqdm  # comes with transformers
 
         self._check_mode()
-        if not isinstance(top_k, int) or isinstance(top_k, bool):
-            raise TypeError(f"top_k={top_k!r} is of type {type(top_k).__name__}, not an integer")
-        if not 1 <= top_k <= len(self.languages):
-            raise ValueError(f"top_k={top_k} is not between 1 and {len(self.languages)} languages")
+        check_top_k(top_k, len(self.languages), "languages")
         _check_score(min_score)
         single = isinstance(texts, str)
-        found: list[list[Language]] = [[] for _ in range(top_k)]
+        most = 1 if top_k is None else top_k
+        found: list[list[Language]] = [[] for _ in range(most)]
         with tqdm(total=_length(texts), disable=not progress, unit="text", leave=False) as bar:
             for window in self._windows([texts] if isinstance(texts, str) else texts):
-                ranks = self._predict(window, len(found[0]), top_k, min_score)
+                ranks = self._predict(window, len(found[0]), most, min_score)
                 for whole, part in zip(found, ranks, strict=True):
                     whole.extend(part)
                 bar.update(len(window))
-        if top_k == 1:
+        if top_k is None:
             return found[0][0] if single else found[0]
         lists = [
             [language for language in row if language is not UNKNOWN] or [UNKNOWN]

@@ -120,7 +120,7 @@ def _similar_texts(texts: list[str], threshold: float, n: int) -> tuple[Tensor, 
 
 
 def near_duplicates(
-    x: Tensor | Iterable[str],
+    x: Tensor | np.ndarray | Iterable[str],
     threshold: float | None = None,
     *,
     ngram: int | None = None,
@@ -134,7 +134,7 @@ def near_duplicates(
     their lower-case words, and a prefix filter leaves out pairs that cannot reach the threshold.
 
     Args:
-        x: Vectors ``(rows, dim)``, or texts.
+        x: Vectors ``(rows, dim)``, as a tensor or a numpy array; or texts.
         threshold: Least similarity, above 0 and at most 1; None for 0.95 with vectors and 0.8
             with texts.
         ngram: Characters of an n-gram, for texts; None for 5. A shorter text is one n-gram.
@@ -156,6 +156,8 @@ def near_duplicates(
         Bayardo, Ma and Srikant, "Scaling Up All Pairs Similarity Search", 2007 (prefixes by
         rarity); Broder, "On the resemblance and containment of documents", 1997 (shingles).
     """
+    if isinstance(x, np.ndarray) and x.dtype.kind in "iuf":
+        x = torch.tensor(x)
     vectors = isinstance(x, Tensor)
     if threshold is None:
         threshold = 0.95 if vectors else 0.8

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal, overload
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from ._encoder import Encoder
 from ._generate import Generation, Generator
@@ -65,7 +65,7 @@ def word_overlap(a: str, b: str) -> float:
     return (first & second).total() / fewer if fewer else float(left == right)
 
 
-class Paraphraser:
+class Paraphraser(nn.Module):
     """Writes texts in other words, and checks that they are other words and mean the same.
 
     Args:
@@ -80,12 +80,14 @@ class Paraphraser:
         model: Generator | str | os.PathLike[str],
         encoder: Encoder | str | os.PathLike[str],
     ) -> None:
+        super().__init__()
         self.model = (
             Generator.from_pretrained(model) if isinstance(model, (str, os.PathLike)) else model
         )
         self.encoder = (
             Encoder.from_pretrained(encoder) if isinstance(encoder, (str, os.PathLike)) else encoder
         )
+        self.training = any(part.training for part in self.children())
 
     @overload
     def generate(
@@ -161,12 +163,13 @@ class Paraphraser:
             method: ``"sample"``, or ``"beam"`` for the likeliest, which are more alike.
             temperature: Of the sampling.
             top_p: Of the sampling.
-            max_new_tokens: Most tokens of a paraphrase; None is twice the longest text's tokens
-                and 16.
+            max_new_tokens: Most tokens of a paraphrase; None is for each text twice its own tokens
+                and 16, rounded up to a multiple of 64, or what the model has room for if that is
+                less.
             instruction: What is put before a text; None is a request in English for chat models,
                 nothing for others.
             max_tokens: As for :meth:`Generator.generate`.
-            progress: Show a progress bar.
+            progress: Show a progress bar, for each limit on new tokens one.
 
         Returns:
             For each text a list of :class:`Paraphrase`, the most similar first; one list for one
@@ -182,23 +185,26 @@ class Paraphraser:
             return []
         if instruction is None:
             instruction = _INSTRUCTION if self.model.chat else ""
-        if max_new_tokens is None:
-            max_new_tokens = 16 + 2 * max(self.model.count_tokens(items))
         asked = list(dict.fromkeys(text for text in items if text.strip()))
-        written = self.model.candidates(
-            asked,
-            count,
-            method=method,
-            max_new_tokens=max_new_tokens,
-            instruction=instruction,
-            temperature=temperature,
-            top_p=top_p,
-            seed=seed,
-            max_tokens=max_tokens,
-            long="error",
-            progress=progress,
-        )
-        usable = [_usable(text, answers) for text, answers in zip(asked, written, strict=True)]
+        limits = self._limits(asked, items, instruction, max_new_tokens)
+        written: dict[str, list[Generation]] = {}
+        for limit in dict.fromkeys(limits):
+            some = [text for text, own in zip(asked, limits, strict=True) if own == limit]
+            answers = self.model.candidates(
+                some,
+                count,
+                method=method,
+                max_new_tokens=limit,
+                instruction=instruction,
+                temperature=temperature,
+                top_p=top_p,
+                seed=seed,
+                max_tokens=max_tokens,
+                long="error",
+                progress=progress,
+            )
+            written.update(zip(some, answers, strict=True))
+        usable = [_usable(text, written[text]) for text in asked]
         groups = [[text, *kept] for text, kept in zip(asked, usable, strict=True)]
         vectors = self.encoder.encode([one for group in groups for one in group], long="mean")
         found = {
@@ -207,6 +213,25 @@ class Paraphraser:
         }
         results = [list(found.get(text, [])) for text in items]
         return results[0] if isinstance(texts, str) else results
+
+    def _limits(
+        self, asked: list[str], items: list[str], instruction: str, most: int | None
+    ) -> list[int]:
+        """Most new tokens for each text, which depend on nothing but the text."""
+        if most is not None:
+            self.model.room(most, instruction=instruction)  # refuses what no text leaves room for
+        limits = []
+        rooms = self.model.rooms(asked, instruction=instruction)
+        for text, room, tokens in zip(asked, rooms, self.model.count_tokens(asked), strict=True):
+            # steps of 64, so that texts of about a length share their batches
+            limit = min(-(-(16 + 2 * tokens) // 64) * 64, room) if most is None else most
+            if room < max(limit, 1):
+                raise ValueError(
+                    f"texts[{items.index(text)}] does not fit the model beside its prompt"
+                    " and max_new_tokens; use a shorter text or a model with a longer context"
+                )
+            limits.append(limit)
+        return limits
 
 
 def _words(text: str) -> list[str]:

@@ -19,7 +19,12 @@ def print_table(rows: Iterable[tuple[str, Any]], title: str = "") -> None:
 
 def print_json(value: Any) -> None:
     """Print indented JSON."""
-    print_line(json.dumps(value, indent=2, ensure_ascii=False))
+    print_line(json_text(value))
+
+
+def json_text(value: Any) -> str:
+    """Indented JSON."""
+    return json.dumps(value, indent=2, ensure_ascii=False)
 
 
 def print_line(text: str) -> None:

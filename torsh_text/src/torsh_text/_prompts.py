@@ -5,6 +5,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ._tokenizing import named_surrogates
+
 _MARK = "\ue000text\ue001"  # private-use characters, which templates leave alone
 
 
@@ -69,15 +71,8 @@ class PromptFrame:
         Raises:
             ValueError: If not even an empty text fits, or a text is no Unicode.
         """
-        for index, text in enumerate(texts):
-            try:
-                text.encode()
-            except UnicodeEncodeError as error:
-                raise ValueError(
-                    f"texts[{index}] holds a lone surrogate at character {error.start}, which is"
-                    " no Unicode text; decode the source with errors='replace'"
-                ) from error
-        rows = self._rows(texts)
+        with named_surrogates(texts):
+            rows = self._rows(texts)
         cut = [len(row) > room for row in rows]
         if any(cut) and self.overhead() >= room:
             raise ValueError(

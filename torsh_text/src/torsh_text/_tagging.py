@@ -1,5 +1,6 @@
 """The tagger: texts in, entities out."""
 
+import logging
 import os
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -13,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import _backbone
-from ._attention import packed_inputs
+from ._attention import packed_inputs, positioned
 from ._crf import CRF
 from ._packing import PackedBatch
 from ._runtime import WINDOW, check_max_tokens, progress_bar
@@ -27,6 +28,8 @@ from ._words import AGGREGATIONS, Aggregation, aggregate, by_text, find_words
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -254,7 +257,7 @@ class Tagger(TokenModel):
             a padded one. The CRF, if there is one, comes behind them.
         """
         if not isinstance(batch, PackedBatch):
-            return self._logits(dict(batch))
+            return self._logits(positioned(self.model, batch, self.first_position))
         self._check_batch(batch)
         if self._why_padded() is None:
             return self._logits(packed_inputs(batch))[0]
@@ -336,7 +339,7 @@ class Tagger(TokenModel):
         self,
         texts: str,
         *,
-        stride: int = ...,
+        stride: int | None = ...,
         aggregation: Aggregation = ...,
         min_score: float = ...,
         max_tokens: int | Literal["auto"] = ...,
@@ -348,7 +351,7 @@ class Tagger(TokenModel):
         self,
         texts: Iterable[str],
         *,
-        stride: int = ...,
+        stride: int | None = ...,
         aggregation: Aggregation = ...,
         min_score: float = ...,
         max_tokens: int | Literal["auto"] = ...,
@@ -359,7 +362,7 @@ class Tagger(TokenModel):
         self,
         texts: str | Iterable[str],
         *,
-        stride: int = 64,
+        stride: int | None = None,
         aggregation: Aggregation = "first",
         min_score: float = 0.0,
         max_tokens: int | Literal["auto"] = "auto",
@@ -376,7 +379,8 @@ class Tagger(TokenModel):
 
         Args:
             texts: The texts, or one text.
-            stride: Tokens that neighbouring windows share. Half of it is the least context.
+            stride: Tokens that neighbouring windows share. Half of it is the least context. None
+                for 64, or for half of the tokens that fit a window if that is less.
             aggregation: Which tokens speak for a word: the ``"first"``, as most models are
                 trained; the surest (``"max"``); the ``"mean"`` of all; or ``"token"``, where each
                 token is a word.
@@ -402,6 +406,8 @@ class Tagger(TokenModel):
         if not 0 <= min_score <= 1:
             raise ValueError(f"min_score={min_score} is not between 0 and 1")
         items = self._texts(texts)
+        if stride is None:
+            stride = min(64, self.row_tokenizer.room // 2)
         unique = list(dict.fromkeys(items))
         found: dict[str, list[Entity]] = {}
         with torch.inference_mode(), progress_bar(len(unique), shown=progress) as bar:
@@ -434,7 +440,7 @@ class Tagger(TokenModel):
 
     @property
     def _from_end(self) -> bool:
-        return self.tokenizer.truncation_side == "left"
+        return self.row_tokenizer.from_end
 
     def _facts(self) -> dict[str, str]:
         how = "a CRF" if self.crf is not None else "the scheme's rules"
@@ -456,6 +462,12 @@ class Tagger(TokenModel):
         try:
             apart = self._logits(inputs)[inputs["attention_mask"].bool()]
             together = self._logits(packed_inputs(batch))[0]
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # any model's code runs here; whatever it raises, padding works
+            logger.debug("head check", exc_info=True)
+            why = (str(error).splitlines() or [""])[0][:200]
+            return f"its head does not take packed rows ({type(error).__name__}: {why})"
         finally:
             for module, training in modes:
                 module.training = training

@@ -1,9 +1,11 @@
 """A transformer that reads rows of tokens: what the encoder, classifiers and taggers share."""
 
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
+import numpy as np
 from torch import Tensor, nn
 
 from . import _backbone
@@ -18,6 +20,39 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 Attention = Literal["auto", "packed", "padded"]
+
+
+@dataclass(frozen=True)
+class Packer:
+    """Texts to one packed batch on the CPU, in order, as a model wants it but without the model.
+
+    Attributes:
+        tokenizer: Cuts at the model's ``max_length``.
+        prefix: Put before each text.
+        first_position: Position of a row's first token.
+    """
+
+    tokenizer: RowTokenizer
+    prefix: str
+    first_position: int
+
+    def __call__(self, texts: Sequence[str]) -> PackedBatch:
+        """Tokenize; texts that are too long are cut, with a warning."""
+        items = checked_texts(texts, unicode=True)
+        if not items:
+            raise ValueError("texts is empty; a batch needs at least one text")
+        rows = self.tokenizer.rows([self.prefix + text for text in items])
+        warn_cut(len(rows.too_long), f"{len(items)} texts", self.tokenizer.max_length)
+        return rows.batch(np.arange(len(items)), first_position=self.first_position)
+
+
+def warn_cut(cut: int, of: str, max_length: int, remedy: str = "") -> None:
+    """Say that texts were cut, if any were."""
+    if cut:
+        warnings.warn(
+            f"{cut} of {of} have more than max_length={max_length} tokens and were cut{remedy}",
+            stacklevel=4,
+        )
 
 
 class TokenModel(nn.Module):
@@ -92,6 +127,28 @@ class TokenModel(nn.Module):
             windowed=longest_window(self.backbone) > 0,
         )
 
+    @property
+    def packer(self) -> Packer:
+        """What :meth:`pack` does, as something that a process without the model can hold."""
+        return Packer(self.row_tokenizer, self._prefix, self.first_position)
+
+    def pack(self, texts: Sequence[str]) -> PackedBatch:
+        """Tokenize texts into one packed batch on the CPU, in order: input of :meth:`forward`.
+
+        Texts beyond ``max_length`` are cut, with a warning. :class:`torsh_text.Collator` does the
+        same in the workers of a ``DataLoader``.
+
+        Raises:
+            TypeError: If an item is not a string.
+            ValueError: If there are no texts, or one is no Unicode.
+        """
+        return self.packer(texts)
+
+    @property
+    def _prefix(self) -> str:
+        """Text put before every text unless another one is asked for."""
+        return ""
+
     def explain(self) -> str:
         """Say in a small table what runs and why."""
         kind = (self.backbone.device, self.backbone.dtype)
@@ -162,21 +219,18 @@ class TokenModel(nn.Module):
 
     def _texts(self, texts: str | Iterable[str]) -> list[str]:
         """Check texts that a method without gradients shall read."""
-        if self.training:
-            raise RuntimeError(
-                f"the {self._kind} is in training mode, where dropout would change the result and"
-                f" this call would drop gradients; call .eval() first, or call the {self._kind} on"
-                " a batch"
-            )
-        return [texts] if isinstance(texts, str) else checked_texts(texts)
+        for name, module in self.named_modules():
+            if module.training:
+                what = f"{name!r} of the {self._kind}" if name else f"the {self._kind}"
+                raise RuntimeError(
+                    f"{what} is in training mode, where dropout would change the result and"
+                    f" this call would drop gradients; call .eval() first, or call the"
+                    f" {self._kind} on a batch"
+                )
+        return checked_texts([texts] if isinstance(texts, str) else texts, unicode=True)
 
     def _warn_cut(self, cut: int, of: str, remedy: str = "") -> None:
-        if cut:
-            warnings.warn(
-                f"{cut} of {of} have more than max_length={self.max_length} tokens and were cut"
-                f"{remedy}",
-                stacklevel=3,
-            )
+        warn_cut(cut, of, self.max_length, remedy)
 
     def _token_states(self, batch: PackedBatch) -> Tensor:
         """Token states ``(tokens, hidden)`` of a packed batch."""

@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 import numpy as np
@@ -13,10 +14,11 @@ if TYPE_CHECKING:
     from tokenizers import Encoding
 
 Long = Literal["truncate", "error", "mean"]
+_PLACES = ("_file", "name_or_path", "cache_dir")
 
 
-def checked_texts(texts: Iterable[str]) -> list[str]:
-    """Return texts as a list, refusing what is no list of strings."""
+def checked_texts(texts: Iterable[str], *, unicode: bool = False) -> list[str]:
+    """Return texts as a list, refusing what is no list of strings (or, if asked, no Unicode)."""
     if isinstance(texts, (str, bytes)):
         raise TypeError("texts is a single string; pass a list of strings")
     items = list(texts)
@@ -25,13 +27,19 @@ def checked_texts(texts: Iterable[str]) -> list[str]:
             raise TypeError(
                 f"texts[{index}] is {text!r} of type {type(text).__name__}, not a string"
             )
+        if unicode and not text.isascii():  # the latter is known without looking
+            _check_unicode(text, index)
     return items
 
 
-def vocabulary(tokenizer: Any) -> str:
-    """All that a tokenizer knows, as text."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    return backend.to_str() if backend else repr(sorted(tokenizer.get_vocab().items()))
+def _check_unicode(text: str, index: int) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"texts[{index}] holds a lone surrogate at character {error.start}, which"
+            " is no Unicode text; decode the source with errors='replace'"
+        ) from error
 
 
 @dataclass(frozen=True)
@@ -94,6 +102,10 @@ class RowTokenizer:
         tokenizer: A tokenizer of transformers.
         max_length: Tokens after which a text is cut, special tokens included.
         lower_case: Whether texts are lower-cased first.
+
+    Attributes:
+        room: Tokens of a text that fit beside the special ones.
+        from_end: Whether it is the beginning of a long text that is cut off.
     """
 
     def __init__(self, tokenizer: Any, *, max_length: int, lower_case: bool = False) -> None:
@@ -104,15 +116,15 @@ class RowTokenizer:
                 f" use at least {special + 1}"
             )
         self.max_length = max_length
+        self.room: int = max_length - special
+        self.from_end: bool = tokenizer.truncation_side == "left"
         self._slow = tokenizer
         self._lower_case = lower_case
         self._fast: Any = None
         self._copies: dict[str, Any] = {}
         backend = getattr(tokenizer, "backend_tokenizer", None)
         if backend is not None:
-            self._fast = type(backend).from_str(backend.to_str())
-            self._fast.no_padding()
-            self._fast.enable_truncation(max_length, direction=tokenizer.truncation_side)
+            self._fast = self._cutting(backend)
         candidates = (tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.cls_token_id, 0)
         self._for_empty = next(i for i in candidates if i is not None)
 
@@ -156,14 +168,12 @@ class RowTokenizer:
                 f"{type(self._slow).__name__} does not say where its tokens come from; use a model"
                 " with a fast tokenizer (tokenizer.json)"
             )
-        room = self.max_length - self._slow.num_special_tokens_to_add(pair=False)
-        if not 0 <= stride < room:
+        if not 0 <= stride < self.room:
             raise ValueError(
-                f"stride={stride} is not between 0 and {room - 1}: max_length={self.max_length}"
-                f" leaves {room} tokens beside the special ones"
+                f"stride={stride} is not between 0 and {self.room - 1}:"
+                f" max_length={self.max_length} leaves {self.room} tokens beside the special ones"
             )
-        fast = self._copy("windows")
-        fast.enable_truncation(self.max_length, stride=stride, direction=self._slow.truncation_side)
+        fast = self._copy(f"stride {stride}", stride=stride)
         with named_surrogates(texts):
             found = fast.encode_batch(list(texts))
         return [
@@ -185,7 +195,6 @@ class RowTokenizer:
                 found = [self._slow_pair(*pair) for pair in pairs]
             else:
                 fast = self._copy("whole")
-                fast.no_truncation()
                 found = [(row.ids, row.type_ids) for row in fast.encode_batch_fast(pairs)]
         too_long = [i for i, (ids, _) in enumerate(found) if len(ids) > self.max_length]
         for i in too_long:
@@ -197,10 +206,41 @@ class RowTokenizer:
         )
         return TokenRows(ids, lengths, np.ones(len(pairs), np.int64), too_long, types)
 
-    def _copy(self, purpose: str) -> Any:
-        """A copy with rules of its own: making one takes a tenth of a second."""
+    def described(self) -> str:
+        """All that decides which tokens a text becomes, as text."""
+        if self._fast is not None:
+            return f"{self._for_empty} {self._fast.to_str()}"
+        slow, given = self._slow, self._slow.init_kwargs
+        files = [Path(str(given.get(name))) for name in sorted(slow.vocab_files_names)]
+        facts = {
+            "class": type(slow).__qualname__,
+            "words": sorted(slow.get_vocab().items()),
+            "special": slow.special_tokens_map,
+            # without places of files, which differ where the tokenizer does not
+            "given": sorted((k, repr(v)) for k, v in given.items() if not k.endswith(_PLACES)),
+            "files": [path.read_bytes() if path.is_file() else None for path in files],
+            "from end": self.from_end,
+            "empty": self._for_empty,
+        }
+        return repr(facts)
+
+    def _cutting(self, backend: Any, **rules: Any) -> Any:
+        copy = type(backend).from_str(backend.to_str())
+        copy.no_padding()
+        direction = "left" if self.from_end else "right"
+        copy.enable_truncation(self.max_length, direction=direction, **rules)
+        return copy
+
+    def _copy(self, purpose: str, **rules: Any) -> Any:
+        """A copy with rules of its own: making one takes a tenth of a second.
+
+        Its rules never change, as other threads may be using it.
+        """
         if purpose not in self._copies:
-            self._copies[purpose] = type(self._fast).from_str(self._fast.to_str())
+            copy = self._cutting(self._fast, **rules)
+            if purpose == "whole":
+                copy.no_truncation()
+            self._copies[purpose] = copy
         return self._copies[purpose]
 
     def _slow_pair(self, first: str, second: str, **options: Any) -> tuple[list[int], list[int]]:
@@ -218,11 +258,7 @@ class RowTokenizer:
             return self._slow_pair(
                 first, second, truncation="only_first", max_length=self.max_length
             )
-        fast = self._copy("pairs")
-        fast.enable_truncation(
-            self.max_length, strategy="only_first", direction=self._slow.truncation_side
-        )
-        row = fast.encode(first, second)
+        row = self._copy("pairs", strategy="only_first").encode(first, second)
         return row.ids, row.type_ids
 
     def _parts(self, texts: Sequence[str]) -> list[list[list[int]]]:
@@ -234,8 +270,11 @@ class RowTokenizer:
     def _slow_parts(self, text: str) -> list[list[int]]:
         """Cut into pieces with special tokens around each, for tokenizers written in Python."""
         ids = self._slow.encode(text, add_special_tokens=False, verbose=False)
-        room = self.max_length - self._slow.num_special_tokens_to_add(pair=False)
-        pieces = [ids[i : i + room] for i in range(0, len(ids), room)] or [[]]
+        room = self.room
+        if self.from_end:
+            pieces = [ids[max(0, i - room) : i] for i in range(len(ids), 0, -room)] or [[]]
+        else:
+            pieces = [ids[i : i + room] for i in range(0, len(ids), room)] or [[]]
         return [self._slow.build_inputs_with_special_tokens(piece) for piece in pieces]
 
 
@@ -246,13 +285,7 @@ def named_surrogates(texts: Sequence[str]) -> Iterator[None]:
         yield
     except (TypeError, UnicodeEncodeError):
         for index, text in enumerate(texts):
-            try:
-                text.encode()
-            except UnicodeEncodeError as error:
-                raise ValueError(
-                    f"texts[{index}] holds a lone surrogate at character {error.start}, which"
-                    " is no Unicode text; decode the source with errors='replace'"
-                ) from error
+            _check_unicode(text, index)
         raise
 
 

@@ -25,14 +25,14 @@ def check_target(target: Path, source: Path) -> None:
 
     Args:
         target: Where vectors shall go; an earlier file of vectors there may be replaced.
-        source: The file that holds the texts.
+        source: The file that holds the texts; ``-`` for the standard input.
 
     Raises:
         ValueError: If ``target`` is the source or another file that holds no vectors.
     """
     if not target.exists():
         return
-    if target.samefile(source):
+    if source != Path("-") and target.samefile(source):
         raise ValueError(f"out={str(target)!r} is the file of the texts; name another with --out")
     if not _holds_vectors(target):
         raise ValueError(

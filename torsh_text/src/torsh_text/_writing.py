@@ -2,6 +2,7 @@
 
 import json
 import os
+import secrets
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -22,9 +23,10 @@ def sync(path: Path) -> None:
 @contextmanager
 def replacing(target: Path) -> Iterator[BinaryIO]:
     """Give a file to write, which then takes the place of ``target``, unless the body raises."""
-    temporary = target.with_name(f".{target.name}.{os.getpid()}")
+    # not of tempfile, which would make the target readable by its owner only
+    temporary = target.with_name(f".{target.name}.{secrets.token_hex(8)}")
     try:
-        with temporary.open("wb") as file:
+        with temporary.open("xb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())

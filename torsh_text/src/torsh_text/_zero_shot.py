@@ -8,15 +8,16 @@ from pathlib import Path
 from typing import Any, Literal, overload
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from . import _backbone
 from ._classify import Classifier
 from ._encoder import Encoder
 from ._generate import Generator
+from ._generator_loading import load_generator
 from ._label_likelihood import check_tree, label_likelihoods, likelihoods_one_by_one
 from ._labels import Label, check_ranking, checked_names, ranked
-from ._runtime import check_max_tokens, default_max_tokens
+from ._runtime import Budget, check_max_tokens, default_max_tokens
 from ._similarity import similarity
 from ._tokenizing import Long, checked_texts, named_surrogates
 
@@ -26,7 +27,7 @@ _PAIRS = 4096  # at a time: memory stays bounded however many texts and labels t
 _HOLE = "\ue000\ue001\ue000"  # private use: no template and hardly a text has it
 
 
-class ZeroShot:
+class ZeroShot(nn.Module):
     """Give texts labels that no one has trained, only named.
 
     - ``"nli"``: a classifier trained on textual entailment reads each text with each label's
@@ -51,7 +52,8 @@ class ZeroShot:
 
     Raises:
         TypeError: If the model is of a kind that ``via`` cannot use.
-        ValueError: If a classifier knows no entailment, or an option does not fit.
+        ValueError: If a classifier knows no entailment, a folder holds no model for ``via``, or an
+            option does not fit.
 
     Reference:
         Yin, Hay, Roth: Benchmarking zero-shot text classification. 2019. arXiv:1909.00161.
@@ -65,6 +67,7 @@ class ZeroShot:
         tokenizer: Any = None,
         temperature: float | None = None,
     ) -> None:
+        super().__init__()
         if via not in ("auto", "nli", "embed", "lm"):
             raise ValueError(f"via={via!r} is none of 'auto', 'nli', 'embed', 'lm'")
         if temperature is not None and not temperature > 0:
@@ -78,9 +81,12 @@ class ZeroShot:
             raise TypeError(
                 f"via={via!r} cannot use a {type(model).__name__}; it fits via={kind!r}"
             )
+        if kind == "lm" and model.config.is_encoder_decoder:
+            raise TypeError(f"via='lm' needs a causal model, {type(model).__name__} is seq2seq")
         if kind == "lm" and tokenizer is None:
             raise ValueError("tokenizer is missing: a language model needs its tokenizer")
         self.model: Any = model
+        self.training = model.training
         self.via: str = kind
         self._tokenizer = tokenizer
         self._temperature = temperature or (0.05 if kind == "embed" else 1.0)
@@ -162,8 +168,8 @@ class ZeroShot:
             ValueError: If labels, template or an option does not fit.
             RuntimeError: If the model is in training mode.
         """
-        check_ranking(top_k=top_k, threshold=threshold)
         names = checked_names(labels, least=1 if multi_label else 2)
+        check_ranking(top_k=top_k, threshold=threshold, count=len(names))
         single = isinstance(texts, str)
         scores, cut = self._scored(
             [texts] if isinstance(texts, str) else checked_texts(texts),
@@ -181,7 +187,7 @@ class ZeroShot:
 
     def scores(
         self,
-        texts: Iterable[str],
+        texts: str | Iterable[str],
         labels: Iterable[str],
         *,
         template: str = TEMPLATE,
@@ -190,16 +196,19 @@ class ZeroShot:
         max_tokens: int | Literal["auto"] = "auto",
         progress: bool = False,
     ) -> Tensor:
-        """Probability of every label for every text: float32 ``(texts, labels)``.
+        """Probability of every label for every text.
 
         Takes what :meth:`predict` takes. Rows sum to one, unless ``multi_label``.
+
+        Returns:
+            float32 ``(texts, labels)``, or ``(labels,)`` for one text.
         """
         names = checked_names(labels, least=1 if multi_label else 2)
-        items = checked_texts(texts)
+        items = [texts] if isinstance(texts, str) else checked_texts(texts)
         scores, cut = self._scored(items, names, template, multi_label, long, max_tokens, progress)
         if cut:
             warnings.warn(f"{cut} texts were too long for the model and were cut", stacklevel=2)
-        return scores
+        return scores[0] if isinstance(texts, str) else scores
 
     def _scored(
         self,
@@ -224,8 +233,8 @@ class ZeroShot:
             raise ValueError(f"template={template!r} has to hold {{}} once, for the label")
         if self.via == "lm" and template != TEMPLATE:
             raise ValueError("template is not used with via='lm'; leave it out")
-        if self.model.training:
-            raise RuntimeError("the model is in training mode; call .model.eval() first")
+        if any(module.training for module in self.model.modules()):
+            raise RuntimeError("the model is in training mode; call .eval() first")
         sentences = [template.replace("{}", name) for name in names]
         unique = list(dict.fromkeys(texts))
         if self.via == "embed":
@@ -259,7 +268,7 @@ class ZeroShot:
         logits = torch.empty(
             len(texts), len(sentences), len(classifier.labels), device=classifier.backbone.device
         )
-        cut = 0
+        cut = set[str]()
         for start in range(0, len(texts), step):
             some = texts[start : start + step]
             pairs = [(text, sentence) for text in some for sentence in sentences]
@@ -267,12 +276,12 @@ class ZeroShot:
                 pairs, long=long, max_tokens=max_tokens, progress=progress
             )
             logits[start : start + step] = rows.view(len(some), len(sentences), -1)
-            cut += -(-long_pairs // len(sentences))
+            cut.update(text for text, _ in long_pairs)
         logits = logits / self._temperature
         entailed = logits[..., self._entailed]
         if not multi_label:
-            return entailed.softmax(-1), cut
-        return (entailed - logits[..., self._contradicted]).sigmoid(), cut
+            return entailed.softmax(-1), len(cut)
+        return (entailed - logits[..., self._contradicted]).sigmoid(), len(cut)
 
     def _ask(
         self, texts: list[str], names: list[str], long: Long, max_tokens: int | Literal["auto"]
@@ -300,10 +309,10 @@ class ZeroShot:
                     )
             found.append([*before, *ids[:room], *after])
         device, dtype = self.model.device, self.model.dtype
-        budget = default_max_tokens(device, dtype) if max_tokens == "auto" else max_tokens
+        most = default_max_tokens(device, dtype) if max_tokens == "auto" else max_tokens
         with torch.inference_mode():
             if self._why_slow is None:
-                logs = label_likelihoods(self.model, found, answers, max_tokens=budget)
+                logs = label_likelihoods(self.model, found, answers, budget=Budget(most))
             else:
                 logs = likelihoods_one_by_one(self.model, found, answers)
         if not bool(logs.isfinite().all()):
@@ -376,22 +385,26 @@ def _kind_of(model: Any) -> str:
 
 def _load(name: str | os.PathLike[str], via: Via) -> tuple[Any, Any]:
     """Load what a hub id or a folder holds, as ``via`` says or as its configuration does."""
-    folder = _backbone.find_model(
-        name, revision=None, local_files_only=False, trust_remote_code=False
-    )
     if via == "auto":
+        folder = _backbone.find_model(
+            name, revision=None, local_files_only=False, trust_remote_code=False
+        )
         via = _via_of(folder)
     if via == "nli":
-        return Classifier.from_pretrained(folder), None
+        return Classifier.from_pretrained(name), None
     if via == "embed":
-        return Encoder.from_pretrained(folder), None
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
+        return Encoder.from_pretrained(name), None
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=_backbone.resolve_dtype("auto", device)
+    model, tokenizer = load_generator(
+        name,
+        dtype=_backbone.resolve_dtype("auto", device),
+        gguf_file=None,
+        revision=None,
+        local_files_only=False,
+        trust_remote_code=False,
     )
-    return model.to(device).eval(), AutoTokenizer.from_pretrained(folder)
+    nn.Module.to(model, device)
+    return model, tokenizer
 
 
 def _via_of(folder: Path) -> Via:

@@ -1,0 +1,132 @@
+"""What commands that look at each text share: refused texts, models seen before, records out."""
+
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache
+from hashlib import blake2b
+from json import dumps
+from pathlib import Path
+from typing import Any
+
+from torch import OutOfMemoryError
+
+from ._jsonl import Texts, check_out, in_windows, read_texts, why_no_text, write_records
+from ._printing import print_line, print_table
+from ._runtime import progress_bar
+
+WINDOW = 1024  # texts between two writes where a text costs milliseconds
+_MODEL_FILES = {".json", ".txt", ".model", ".jinja", ".safetensors", ".bin", ".gguf", ".ftz"}
+
+Record = dict[str, Any]
+Work = Callable[[Sequence[str]], list[Record]]
+
+
+def origin(model: str | Path) -> Record | str:
+    """Name a model, and if it is on this disk what changes when its files do."""
+    path = Path(model)
+    files = [path] if path.is_file() else sorted(path.rglob("*"))
+    seen = [
+        (str(file.relative_to(path)), file.stat().st_size, file.stat().st_mtime_ns)
+        for file in files
+        if file.suffix in _MODEL_FILES and file.is_file()
+    ]
+    if not seen:
+        return str(model)
+    return {"name": str(model), "files": blake2b(repr(seen).encode(), digest_size=16).hexdigest()}
+
+
+def run(
+    file: Path,
+    field: str,
+    load: Callable[[], Work],
+    *,
+    out: Path | None,
+    overwrite: bool,
+    json: bool,
+    settings: Record,
+    show: Callable[[Record], str],
+    window: int = WINDOW,
+) -> None:
+    """Read texts, let ``load()`` work on them, and write or print a record for each.
+
+    A text that is refused gets a record with the field ``error``.
+
+    Raises:
+        SystemExit: At the end, if a text was refused.
+    """
+    if out is not None:
+        check_out(out, overwrite=overwrite, source=file)
+    source = read_texts(file, field)
+    if out is not None:
+        written = write_records(
+            source,
+            _patient(load),
+            out,
+            settings=settings,
+            window=window,
+            overwrite=overwrite,
+            progress=sys.stderr.isatty(),
+        )
+        before = f", {written.before:,} of them from an earlier run" if written.before else ""
+        print_line(f"{len(source.texts):,} records in {out}{before}")
+        _report_refused(written.refused, len(source.texts))
+        return
+    records = records_of(source, load, window)
+    if json:
+        for line, record in zip(source.lines, records, strict=True):
+            print_line(dumps({"line": line, **record}, ensure_ascii=False))
+    else:
+        shown = [f"({r['error']})" if "error" in r else show(r) for r in records]
+        texts = [text.encode(errors="replace").decode() for text in source.texts]
+        print_table(list(zip(shown, texts, strict=True)), "text")
+    _report_refused(sum("error" in record for record in records), len(records))
+
+
+def records_of(source: Texts, load: Callable[[], Work], window: int = WINDOW) -> list[Record]:
+    """Work on all texts, with a progress bar."""
+    records: list[Record] = []
+    with progress_bar(len(source.texts), shown=sys.stderr.isatty()) as bar:
+        for found, _ in in_windows(source, _patient(load), window):
+            records += map(dict, found)
+            bar.update(len(found))
+    return records
+
+
+def _report_refused(refused: int, total: int) -> None:
+    """End with status 1 if texts were refused."""
+    if refused:
+        raise SystemExit(
+            f"torsh-text: {refused:,} of {total:,} texts were refused; the field 'error' of their"
+            " records says why"
+        )
+
+
+def _patient(load: Callable[[], Work]) -> Callable[[Sequence[str]], Sequence[Mapping[str, Any]]]:
+    """Load when there is something to do, and give refused texts a record that says why."""
+    loaded = cache(load)
+
+    def work(texts: Sequence[str]) -> list[Record]:
+        errors = [why_no_text(text) for text in texts]
+        good = [text for text, error in zip(texts, errors, strict=True) if error is None]
+        records = iter(_accepted(loaded(), good) if good else [])
+        return [next(records) if error is None else {"error": error} for error in errors]
+
+    return work
+
+
+def _accepted(work: Work, texts: list[str], *, tried: bool = False) -> list[Record]:
+    """Halve what fails until the refused texts are alone."""
+    try:
+        return work(texts)
+    except OutOfMemoryError:
+        raise
+    except (ValueError, RuntimeError) as error:
+        if not tried:
+            work(["a"])  # which any model takes: if this fails too, no text is to blame
+        if len(texts) == 1:
+            return [{"error": str(error).replace("texts[0]", "the text")}]
+    middle = len(texts) // 2
+    return [
+        *_accepted(work, texts[:middle], tried=True),
+        *_accepted(work, texts[middle:], tried=True),
+    ]
