@@ -52,6 +52,10 @@ def word_overlap(a: str, b: str) -> float:
     original are all 1, while the same words in another order are less. Capitals and punctuation
     do not count; a text of one word is compared by words; Chinese and Japanese by characters.
 
+    Args:
+        a: A text.
+        b: The other one; the order does not matter.
+
     Example:
         Three of the four pairs of the shorter text are in the other one:
 
