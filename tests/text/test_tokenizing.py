@@ -218,3 +218,29 @@ def test_described_knows_more_than_the_words():
     assert described(fast) == described(make_tokenizer()) != described(left)
     fast("w5", truncation=True, max_length=3)  # sets rules in the tokenizer that are not ours
     assert described(fast) == described(make_tokenizer())
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+@pytest.mark.parametrize("stride", [0, 1, 3])
+@pytest.mark.parametrize("words", [1, 4, 5, 8, 9, 13])
+def test_windows_by_hand(side, stride, words):
+    tokenizer = make_tokenizer()
+    tokenizer.truncation_side = side
+    text = random_texts([words])[0]
+    ids = [int(word[1:]) for word in text.split()]
+    found = RowTokenizer(tokenizer, max_length=6).windows([text], stride=stride)
+    step = 4 - stride
+    pieces = []
+    if side == "right":
+        start = 0
+        while not pieces or start + stride < words:
+            pieces.append(ids[start : start + 4])
+            start += step
+    else:
+        end = words
+        while not pieces or end > stride:
+            pieces.append(ids[max(0, end - 4) : end])
+            end -= step
+    assert [window.ids for window in found] == [[0, *piece, 2] for piece in pieces]
+    for window in found:
+        assert [f"w{i}" for i in window.ids[1:-1]] == [text[a:b] for a, b in window.offsets[1:-1]]

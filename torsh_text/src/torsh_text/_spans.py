@@ -19,13 +19,7 @@ _SUFFIXED = re.compile(r"(.+)[-_]([BIESLU])", re.DOTALL)
 
 
 class Span(NamedTuple):
-    """Words that belong together.
-
-    Attributes:
-        label: What they are.
-        start: Index of the first word.
-        end: Index behind the last word.
-    """
+    """Words that belong together, and what they are: those from ``start`` up to ``end``."""
 
     label: str
     start: int
@@ -35,10 +29,8 @@ class Span(NamedTuple):
 class Transitions(NamedTuple):
     """Which tags may be neighbours.
 
-    Attributes:
-        between: Whether tag j may follow tag i, bool ``(tags, tags)``.
-        first: Whether a tag may come first, bool ``(tags,)``.
-        last: Whether a tag may come last, bool ``(tags,)``.
+    ``between`` says whether tag j may follow tag i, bool ``(tags, tags)``; ``first`` and ``last``
+    whether a tag may come first and last, bool ``(tags,)``.
     """
 
     between: Tensor

@@ -173,19 +173,43 @@ class RowTokenizer:
                 f"stride={stride} is not between 0 and {self.room - 1}:"
                 f" max_length={self.max_length} leaves {self.room} tokens beside the special ones"
             )
-        fast = self._copy(f"stride {stride}", stride=stride)
         with named_surrogates(texts):
-            found = fast.encode_batch(list(texts))
-        return [
-            Window(
-                index,
-                part.ids,
-                part.offsets,
-                [-1 if word is None else word for word in part.word_ids],
-            )
-            for index, whole in enumerate(found)
-            for part in (whole, *whole.overflowing)
-        ]
+            found = self._copy("whole").encode_batch(list(texts))
+        windows = []
+        for index, whole in enumerate(found):
+            ids, offsets = whole.ids, whole.offsets
+            words = [-1 if word is None else word for word in whole.word_ids]
+            for part in self._cuts(whole, stride):
+                windows.append(
+                    Window(
+                        index,
+                        [ids[i] for i in part],
+                        [offsets[i] for i in part],
+                        [words[i] for i in part],
+                    )
+                )
+        return windows
+
+    def _cuts(self, whole: "Encoding", stride: int) -> list[list[int]]:
+        """Places of the tokens of each piece of a text, special tokens around each.
+
+        The pieces are cut here: ``overflowing`` of tokenizers 0.23.2 lacks a part of the text.
+        """
+        count, special = len(whole.ids), self.max_length - self.room
+        if count <= self.max_length:
+            return [list(range(count))]
+        mask = whole.special_tokens_mask
+        before = next((i for i in range(special) if not mask[i]), special)
+        first, last = before, count - (special - before)
+        frame = (list(range(first)), list(range(last, count)))
+        step = self.room - stride
+        if self.from_end:
+            ends = range(last, min(first + stride, last - 1), -step)
+            pieces = [range(max(first, end - self.room), end) for end in ends]
+        else:
+            starts = range(first, max(last - stride, first + 1), step)
+            pieces = [range(start, min(last, start + self.room)) for start in starts]
+        return [[*frame[0], *piece, *frame[1]] for piece in pieces]
 
     def _pair_rows(self, pairs: Sequence[tuple[str, str]]) -> TokenRows:
         if self._lower_case:
@@ -265,7 +289,13 @@ class RowTokenizer:
         with named_surrogates(texts):
             if self._fast is None:
                 return [self._slow_parts(text) for text in texts]
-            return [_fast_parts(found) for found in self._fast.encode_batch_fast(texts)]
+            wholes = self._copy("whole").encode_batch_fast(texts)
+        parts = []
+        for whole in wholes:
+            ids = whole.ids
+            fits = len(ids) <= self.max_length
+            parts.append([ids] if fits else [[ids[i] for i in cut] for cut in self._cuts(whole, 0)])
+        return parts
 
     def _slow_parts(self, text: str) -> list[list[int]]:
         """Cut into pieces with special tokens around each, for tokenizers written in Python."""
@@ -287,8 +317,3 @@ def named_surrogates(texts: Sequence[str]) -> Iterator[None]:
         for index, text in enumerate(texts):
             _check_unicode(text, index)
         raise
-
-
-def _fast_parts(found: "Encoding") -> list[list[int]]:
-    rest = found.overflowing
-    return [found.ids, *(part.ids for part in rest)] if rest else [found.ids]
