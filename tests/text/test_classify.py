@@ -1,4 +1,5 @@
 import random
+import warnings
 
 import pytest
 import torch
@@ -204,8 +205,11 @@ def test_new_labels_keep_a_head_only_if_it_is_theirs(tiny, tmp_path):
         return Classifier.from_pretrained(tmp_path, labels, device="cpu").model.classifier.weight
 
     assert torch.equal(weight(["red", "green", "blue"]), old)
-    assert not torch.equal(weight(["cat", "dog", "cow"]), old)
-    assert weight(["cat", "dog"]).shape == (2, 64)
+    with pytest.warns(UserWarning, match=r"a head for \['red', .*labels=\['cat', .*got a new one"):
+        assert not torch.equal(weight(["cat", "dog", "cow"]), old)
+    with pytest.warns(UserWarning, match="got a new one") as caught:
+        assert weight(["cat", "dog"]).shape == (2, 64)
+    assert caught[0].filename == __file__
     tiny.model.config.id2label = {i: f"LABEL_{i}" for i in range(3)}
     tiny.save_pretrained(tmp_path)
     assert torch.equal(weight(["cat", "dog", "cow"]), old)
@@ -216,7 +220,9 @@ def test_new_labels_keep_a_head_only_if_it_is_theirs(tiny, tmp_path):
         (["cat", "dog"], False, "single_label_classification"),
         (["cat", "dog"], True, "multi_label_classification"),
     ):
-        found = Classifier.from_pretrained(tmp_path, labels, multi_label=several, device="cpu")
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", ".*got a new one")
+            found = Classifier.from_pretrained(tmp_path, labels, multi_label=several, device="cpu")
         assert found.model.config.problem_type == problem
     for labels, message in (
         (["a", "a"], "more than once"),

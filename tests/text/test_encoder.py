@@ -755,3 +755,9 @@ def test_fingerprint_of_inference_tensors_is_read_anew(tiny):
         before = tiny.fingerprint
         tiny.backbone.embeddings.word_embeddings.weight[5, 5] = 1
         assert tiny.fingerprint != before
+
+
+@pytest.mark.parametrize("texts", ["a text", ["a text"]])
+def test_forward_refuses_texts(minilm, texts):
+    with pytest.raises(TypeError, match=r"the encoder was called with a (str|list), not a batch"):
+        minilm(texts)

@@ -367,6 +367,7 @@ def test_rooms_are_what_each_text_leaves(family):
 
 
 def test_gguf_files_that_are_not_there(tmp_path, monkeypatch):
+    pytest.importorskip("gguf")
     with pytest.raises(FileNotFoundError, match=r"x.gguf' is no file on this machine"):
         Generator.from_pretrained(tmp_path / "x.gguf")
     with pytest.raises(FileNotFoundError, match=r"is not in the local model cache"):

@@ -6,7 +6,7 @@ import torch
 
 from tests.text.architectures import PACKED, PADDED, VOCAB, make_model, make_tokenizer, random_texts
 from torsh_text import Encoder, PackedBatch
-from torsh_text._attention import ATTENTION, last_states, packed_inputs
+from torsh_text._attention import ATTENTION, last_states, packed_inputs, register_attention
 from torsh_text._backbone import first_position
 from torsh_text._selfcheck import adopt_packed_attention, longest_window, shallow_copy
 
@@ -58,6 +58,7 @@ def test_the_check_would_see_a_leak(family):
     batch = _batch(model)
     reference = _padded_reference(model, batch)
     whole = PackedBatch(batch.buffer, (batch.num_tokens,), batch.first_position)
+    register_attention()
     model.set_attn_implementation(ATTENTION)
     with torch.no_grad():
         leaked = last_states(model, packed_inputs(batch) | {"packed": whole})[0]

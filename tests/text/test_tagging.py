@@ -485,7 +485,8 @@ def test_heads_that_are_missing_or_other(tmp_path, minilm_path):
     tagger.save_pretrained(tmp_path)
     same = Tagger.from_pretrained(tmp_path, labels=LABELS, device="cpu")
     assert torch.equal(same.model.classifier.weight, tagger.model.classifier.weight)
-    fresh = Tagger.from_pretrained(tmp_path, labels=["O", "B-z", "I-z"], device="cpu", crf=True)
+    with pytest.warns(UserWarning, match=r"for labels=\['O', 'B-z', 'I-z'\] it got a new one"):
+        fresh = Tagger.from_pretrained(tmp_path, labels=["O", "B-z", "I-z"], device="cpu", crf=True)
     assert fresh.model.classifier.weight.shape == (3, 64)
     assert fresh.crf.num_tags == 3
     assert torch.equal(

@@ -177,6 +177,7 @@ class Classifier(TokenModel):
         Returns:
             float32 ``(rows, labels)``.
         """
+        self._check_tokens(batch)
         if not isinstance(batch, PackedBatch):
             return self._padded_logits(batch)
         if self._why_padded() is not None or self._head is None:

@@ -179,6 +179,7 @@ class Encoder(TokenModel):
         Returns:
             float32 ``(rows, dim)``, of length one if the model normalizes.
         """
+        self._check_tokens(batch)
         return self._finish(self._pooled(batch))
 
     @overload

@@ -1,6 +1,7 @@
 """Heads of sequence classifiers, fed with the states of packed rows."""
 
 import logging
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -186,6 +187,7 @@ def load_headed(
 
     config: Any = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     kept = True
+    old: list[str] = []
     if labels is not None:
         old = [str(config.id2label[i]) for i in range(config.num_labels)]
         unnamed = old == [f"LABEL_{i}" for i in range(len(labels))]
@@ -216,6 +218,12 @@ def load_headed(
         raise ValueError(
             f"the weights in {folder} lack {len(lost or missing)} tensors of"
             f" {type(model).__name__} (first: {first!r}); they would be random. {remedy}"
+        )
+    if not kept and not missing:
+        warnings.warn(
+            f"{folder} has a head for {old}; for labels={list(labels or ())} it got a new one, to"
+            " be trained. Leave labels out to use the head that is there",
+            stacklevel=4,
         )
     return model.eval(), bool(missing) or not kept
 

@@ -256,6 +256,7 @@ class Tagger(TokenModel):
             float32 logits, ``(tokens, labels)`` of a packed batch, ``(rows, length, labels)`` of
             a padded one. The CRF, if there is one, comes behind them.
         """
+        self._check_tokens(batch)
         if not isinstance(batch, PackedBatch):
             return self._logits(positioned(self.model, batch, self.first_position))
         self._check_batch(batch)

@@ -1,7 +1,7 @@
 """A transformer that reads rows of tokens: what the encoder, classifiers and taggers share."""
 
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -239,6 +239,14 @@ class TokenModel(nn.Module):
             return last_states(self.backbone, packed_inputs(batch))[0]
         inputs = batch.padded(self.pad_id)
         return last_states(self.backbone, inputs)[inputs["attention_mask"].bool()]
+
+    def _check_tokens(self, batch: object) -> None:
+        """Refuse texts where a batch of tokens is wanted."""
+        if not isinstance(batch, (PackedBatch, Mapping)):
+            raise TypeError(
+                f"the {self._kind} was called with a {type(batch).__name__}, not a batch of tokens;"
+                " give it .pack(texts), or use the method that takes texts"
+            )
 
     def _check_batch(self, batch: PackedBatch) -> None:
         """Refuse a batch whose positions are not the model's."""
