@@ -391,3 +391,11 @@ def test_ctrl_c_promises_only_what_is_true(file, minilm_path, tmp_path, monkeypa
     monkeypatch.setattr("torsh_text.Encoder.encode", interrupted)
     promise = "; the same command goes on from here" if cached else ""
     assert _run(*command, check=False).stderr == f"torsh-text: interrupted{promise}"
+
+
+def test_refuses_before_it_computes(file):
+    with pytest.raises(ValueError, match="queries is empty; write what to look for"):
+        search(file, ())
+    for command in (cluster, topics):
+        with pytest.raises(ValueError, match=r"map\.xyz' is no kind of picture; .*\.svg"):
+            command(file, plot=Path("map.xyz"))

@@ -390,3 +390,8 @@ def test_real_questions_and_reviews(minilm, text_data):
     )
     right = sum(label.name == mood for label, (_, mood) in zip(found, rows, strict=True))
     assert right / 200 >= 0.6
+
+
+def test_a_gguf_file_is_a_language_model(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"x\.gguf' is no file on this machine"):
+        ZeroShot(tmp_path / "x.gguf")

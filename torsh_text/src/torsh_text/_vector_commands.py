@@ -113,6 +113,8 @@ def search(
     """
     from ._similarity import search as find
 
+    if not queries:
+        raise ValueError("queries is empty; write what to look for behind the file")
     source = _read(file, field, out, overwrite=overwrite)
     encoder, vectors = _encoded(source.texts, model, cache, roles=("document", "passage", "corpus"))
     asked = encoder.encode(list(queries), prompt=_prompt(encoder, "query"))
@@ -174,6 +176,7 @@ def cluster(
     from ._cluster import cluster as group
     from ._terms import topic_terms
 
+    _check_picture(plot)
     texts = _read(file, field, out, overwrite=overwrite).texts
     _, vectors = _encoded(texts, model, cache)
     found = group(vectors, k=k, method=method, seed=seed)
@@ -228,6 +231,7 @@ def topics(
     """
     from ._topics import TopicModel
 
+    _check_picture(plot)
     texts = _read(file, field, out, overwrite=overwrite).texts
     encoder, vectors = _encoded(texts, model, cache)
     used = None if method == "nmf" else vectors  # which looks at words
@@ -250,6 +254,21 @@ def topics(
         print_table(
             [(str(t.id), f"{t.size:,} texts: {', '.join(t.words)}") for t in fitted.topics],
             "words",
+        )
+
+
+def _check_picture(path: Path | None) -> None:
+    """Refuse a picture that could not be written, before anything is computed."""
+    if path is None:
+        return
+    try:
+        from matplotlib.backend_bases import FigureCanvasBase
+    except ImportError:
+        raise ImportError("--plot needs matplotlib: pip install 'torsh-text[plot]'") from None
+    known = sorted(FigureCanvasBase.filetypes)
+    if path.suffix.removeprefix(".") not in known:
+        raise ValueError(
+            f"plot={str(path)!r} is no kind of picture; end it in .{', .'.join(known)}"
         )
 
 

@@ -385,6 +385,8 @@ def _kind_of(model: Any) -> str:
 
 def _load(name: str | os.PathLike[str], via: Via) -> tuple[Any, Any]:
     """Load what a hub id or a folder holds, as ``via`` says or as its configuration does."""
+    if via == "auto" and Path(name).suffix == ".gguf":
+        via = "lm"
     if via == "auto":
         folder = _backbone.find_model(
             name, revision=None, local_files_only=False, trust_remote_code=False
