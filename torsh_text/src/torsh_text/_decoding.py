@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from ._back_off import run_batches
-from ._runtime import Budget
+from ._runtime import Budget, run_batches
 from ._sampling import FiniteGuard, SeededSampling
 
 if TYPE_CHECKING:
@@ -125,7 +124,7 @@ class BatchDecoder:
                 found[index] = answer
             done(len(chosen))
 
-        run_batches(costs, compute, budget=budget, device=self._model.device)
+        run_batches(costs, compute, budget=budget, device=self._model.device, padded=True)
         return found
 
     @torch.inference_mode()

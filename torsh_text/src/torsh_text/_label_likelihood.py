@@ -8,8 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ._back_off import run_batches
-from ._runtime import Budget
+from ._runtime import Budget, run_batches
 
 _LOGIT_BYTES = 2**30
 
@@ -132,7 +131,7 @@ def likelihoods_as_tree(
         found[chosen] = (sums / branches["length"]).cpu()
 
     costs = np.array([len(prompt) + behind for prompt in prompts], dtype=np.int64)
-    run_batches(costs, compute, budget=budget, device=model.device)
+    run_batches(costs, compute, budget=budget, device=model.device, padded=True)
     return found
 
 

@@ -101,10 +101,7 @@ def compute_rows(
     first_position: int,
     padded: bool,
 ) -> None:
-    """Run every row exactly once, in batches within the budget, the longest rows first.
-
-    When the device runs out of memory, the budget is halved (and stays halved) and the rows that
-    are left are planned again.
+    """Run every row exactly once, in batches within the budget, as :func:`run_batches` does.
 
     Args:
         rows: Tokenized rows.
@@ -114,32 +111,56 @@ def compute_rows(
         first_position: See :class:`PackedBatch`.
         padded: Whether ``compute`` pads, so that padding counts.
     """
-    left = np.arange(len(rows.lengths))
+
+    def one(indices: np.ndarray) -> None:
+        batch = rows.batch(indices, first_position=first_position)
+        where = torch.from_numpy(indices)
+        if device.type == "cuda":
+            batch, where = batch.pin_memory(), where.pin_memory()
+        compute(batch.to(device, non_blocking=True), where.to(device, non_blocking=True))
+
+    run_batches(rows.lengths, one, budget=budget, device=device, padded=padded)
+
+
+def run_batches(
+    costs: np.ndarray,
+    compute: Callable[[np.ndarray], None],
+    *,
+    budget: Budget,
+    device: torch.device,
+    padded: bool,
+) -> None:
+    """Call ``compute`` with the rows of each batch, the costliest rows first.
+
+    When the device runs out of memory, the budget is halved (and stays halved) and the rows that
+    are left are planned again.
+
+    Args:
+        costs: Tokens of each row, new ones included, int64 ``(rows,)``.
+        compute: Computes the rows whose indices it is given.
+        budget: Limits of a batch; changed in place.
+        device: Whose memory it is.
+        padded: Whether batches are padded, so that padding counts.
+    """
+    left = np.arange(len(costs))
     while len(left):
         plan = plan_batches(
-            rows.lengths[left],
-            max_tokens=budget.max_tokens,
-            max_rows=budget.max_rows,
-            padded=padded,
+            costs[left], max_tokens=budget.max_tokens, max_rows=budget.max_rows, padded=padded
         )
         done = 0
         for positions in plan:
-            indices = left[positions]
-            batch = rows.batch(indices, first_position=first_position)
+            rows = left[positions]
             try:
-                where = torch.from_numpy(indices)
-                if device.type == "cuda":
-                    batch, where = batch.pin_memory(), where.pin_memory()
-                compute(batch.to(device, non_blocking=True), where.to(device, non_blocking=True))
+                compute(rows)
             except torch.OutOfMemoryError:
-                if len(indices) == 1:
+                if len(rows) == 1:
                     raise
-                cost = len(indices) * batch.max_length if padded else batch.num_tokens
             else:
                 done += 1
                 continue
             # outside the handler: its traceback would keep the failed batch's tensors alive
-            budget.halve(cost)
+            tried = costs[rows]
+            budget.halve(int(len(rows) * tried.max() if padded else tried.sum()))
             if device.type == "cuda":
                 torch.cuda.empty_cache()
             logger.info("out of memory; going on with %d tokens a batch", budget.max_tokens)

@@ -121,10 +121,11 @@ class RowTokenizer:
         self._slow = tokenizer
         self._lower_case = lower_case
         self._fast: Any = None
-        self._copies: dict[str, Any] = {}
         backend = getattr(tokenizer, "backend_tokenizer", None)
         if backend is not None:
-            self._fast = self._cutting(backend)
+            self._fast = type(backend).from_str(backend.to_str())
+            self._fast.no_padding()
+            self._fast.no_truncation()
         candidates = (tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.cls_token_id, 0)
         self._for_empty = next(i for i in candidates if i is not None)
 
@@ -174,7 +175,7 @@ class RowTokenizer:
                 f" max_length={self.max_length} leaves {self.room} tokens beside the special ones"
             )
         with named_surrogates(texts):
-            found = self._copy("whole").encode_batch(list(texts))
+            found = self._fast.encode_batch(list(texts))
         windows = []
         for index, whole in enumerate(found):
             ids, offsets = whole.ids, whole.offsets
@@ -218,8 +219,7 @@ class RowTokenizer:
             if self._fast is None:
                 found = [self._slow_pair(*pair) for pair in pairs]
             else:
-                fast = self._copy("whole")
-                found = [(row.ids, row.type_ids) for row in fast.encode_batch_fast(pairs)]
+                found = [(row.ids, row.type_ids) for row in self._fast.encode_batch_fast(pairs)]
         too_long = [i for i, (ids, _) in enumerate(found) if len(ids) > self.max_length]
         for i in too_long:
             found[i] = self._cut_pair(*pairs[i])
@@ -233,7 +233,7 @@ class RowTokenizer:
     def described(self) -> str:
         """All that decides which tokens a text becomes, as text."""
         if self._fast is not None:
-            return f"{self._for_empty} {self._fast.to_str()}"
+            return f"{self._for_empty} {self.from_end} {self._fast.to_str()}"
         slow, given = self._slow, self._slow.init_kwargs
         files = [Path(str(given.get(name))) for name in sorted(slow.vocab_files_names)]
         facts = {
@@ -247,25 +247,6 @@ class RowTokenizer:
             "empty": self._for_empty,
         }
         return repr(facts)
-
-    def _cutting(self, backend: Any, **rules: Any) -> Any:
-        copy = type(backend).from_str(backend.to_str())
-        copy.no_padding()
-        direction = "left" if self.from_end else "right"
-        copy.enable_truncation(self.max_length, direction=direction, **rules)
-        return copy
-
-    def _copy(self, purpose: str, **rules: Any) -> Any:
-        """A copy with rules of its own: making one takes a tenth of a second.
-
-        Its rules never change, as other threads may be using it.
-        """
-        if purpose not in self._copies:
-            copy = self._cutting(self._fast, **rules)
-            if purpose == "whole":
-                copy.no_truncation()
-            self._copies[purpose] = copy
-        return self._copies[purpose]
 
     def _slow_pair(self, first: str, second: str, **options: Any) -> tuple[list[int], list[int]]:
         row = self._slow(first, second, return_token_type_ids=True, verbose=False, **options)
@@ -282,14 +263,18 @@ class RowTokenizer:
             return self._slow_pair(
                 first, second, truncation="only_first", max_length=self.max_length
             )
-        row = self._copy("pairs", strategy="only_first").encode(first, second)
-        return row.ids, row.type_ids
+        row = self._fast.encode(first, second)
+        places = [i for i, which in enumerate(row.sequence_ids) if which == 0]
+        beyond = len(row.ids) - self.max_length
+        cut = set(places[:beyond] if self.from_end else places[-beyond:])
+        kept = [i for i in range(len(row.ids)) if i not in cut]
+        return [row.ids[i] for i in kept], [row.type_ids[i] for i in kept]
 
     def _parts(self, texts: Sequence[str]) -> list[list[list[int]]]:
         with named_surrogates(texts):
             if self._fast is None:
                 return [self._slow_parts(text) for text in texts]
-            wholes = self._copy("whole").encode_batch_fast(texts)
+            wholes = self._fast.encode_batch_fast(texts)
         parts = []
         for whole in wholes:
             ids = whole.ids
