@@ -1,4 +1,4 @@
-"""Jobs on a cache that need processes of their own; run by test_cache.py, prints JSON.
+"""Jobs on a cache that need processes of their own; run by test_cache_processes.py, prints JSON.
 
 Loads the cache's modules alone, without torch, so that a child takes milliseconds.
 """

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.text.architectures import make_model, make_tokenizer
 from torsh_text import Encoder
 
 
@@ -15,6 +16,11 @@ def minilm_path() -> Path:
 @pytest.fixture(scope="session")
 def minilm(minilm_path: Path) -> Encoder:
     return Encoder.from_pretrained(minilm_path, device="cpu")
+
+
+@pytest.fixture
+def tiny() -> Encoder:
+    return Encoder(make_model("bert"), make_tokenizer(), max_length=40, name="tiny").eval()
 
 
 @pytest.fixture(scope="session")

@@ -7,7 +7,14 @@ from safetensors.torch import load_file, save_file
 
 from tests.text.architectures import make_model, make_tokenizer, random_texts
 from torsh_text import Encoder
-from torsh_text._backbone import digest, find_model, first_position, read_layout, resolve_dtype
+from torsh_text._backbone import (
+    digest,
+    find_model,
+    first_position,
+    read_layout,
+    resolve_device,
+    resolve_dtype,
+)
 
 
 @pytest.fixture
@@ -137,6 +144,11 @@ def test_missing_folders_are_not_looked_for_on_the_hub(name):
         find_model(name, revision=None, local_files_only=True, trust_remote_code=False)
 
 
+def test_a_folder_without_a_model_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"holds no model: neither config.json"):
+        Encoder.from_pretrained(tmp_path)
+
+
 def test_positions_and_lengths(folder):
     assert first_position(make_model("bert")) == 0
     assert first_position(make_model("roberta")) == 2
@@ -153,6 +165,15 @@ def test_resolve_dtype():
     for bad in ("int8", "float99", torch.int32):
         with pytest.raises(ValueError, match="no floating-point dtype"):
             resolve_dtype(bad, cpu)
+
+
+def test_resolve_device():
+    assert resolve_device("cpu") == resolve_device(torch.device("cpu")) == torch.device("cpu")
+    assert resolve_device(None).type == ("cuda" if torch.cuda.is_available() else "cpu")
+    with pytest.raises(ValueError, match="device='gpu' is no device; use 'cpu' or 'cuda'"):
+        resolve_device("gpu")
+    with pytest.raises(ValueError, match=r"device='cuda:99', but torch sees \d+ CUDA devices"):
+        resolve_device("cuda:99")
 
 
 def test_digest_sees_every_part():

@@ -1,11 +1,7 @@
 import copy
 import hashlib
-import json
-import os
 import pickle
 import struct
-import subprocess
-import sys
 import tempfile
 import threading
 import warnings
@@ -14,14 +10,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from torsh_text import EmbeddingCache
 from torsh_text._cache import open_cache
 
-JOBS = Path(__file__).with_name("cache_process.py")
 DIM = 6
 
 
@@ -43,18 +38,6 @@ def known(cache, numbers, model="m"):
 
 def contents(folder):
     return {path.name: (path.read_bytes(), path.stat().st_mtime_ns) for path in folder.iterdir()}
-
-
-def in_process(job, folder):
-    run = subprocess.run(
-        [sys.executable, str(JOBS), job, str(folder)],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        env=os.environ | {"OPENBLAS_NUM_THREADS": "1"},  # children are forked
-    )
-    assert run.returncode == 0, run.stderr[-2000:]
-    return json.loads(run.stdout)
 
 
 class CacheAgainstDict(RuleBasedStateMachine):
@@ -120,6 +103,8 @@ class CacheAgainstDict(RuleBasedStateMachine):
 CacheAgainstDict.TestCase.settings = settings(
     max_examples=25, stateful_step_count=15, deadline=None
 )
+
+
 test_cache_against_dict = CacheAgainstDict.TestCase
 
 
@@ -475,81 +460,3 @@ def test_threads_share_a_cache(tmp_path):
     assert errors == []
     assert cache.stats().rows == len(known(cache, range(200))) == 153
     assert cache.verify() == []
-
-
-def test_killed_at_every_step(tmp_path):
-    steps = in_process("kills", tmp_path)
-    assert len(steps) == 5
-    assert min(steps.values()) >= 12
-    assert sum(steps.values()) >= 100
-
-
-def test_killed_at_random_times(tmp_path):
-    found = in_process("random_kills", tmp_path)
-    assert found["deaths"] >= 10  # of 59; the others were done before
-    assert found["said"] >= 20
-
-
-def test_processes_write_at_the_same_time(tmp_path):
-    found = in_process("writers", tmp_path)
-    assert found["rows"] == found["known"] == 610
-    assert found["reads"] > 1
-
-
-def test_processes_write_within_a_limit(tmp_path):
-    found = in_process("small_writers", tmp_path)
-    assert 0 < found["known"] <= found["rows"] <= 150
-
-
-def test_a_full_disk_leaves_the_cache_whole(tmp_path):
-    assert in_process("full_disk", tmp_path / "cache") == {"refused": 9}
-
-
-def test_a_disk_that_fills_does_not_kill_a_reader(tmp_path):
-    found = in_process("disk_full_under_a_reader", tmp_path)
-    assert found == {"status": 0, "during": 300, "after": 300, "kept": 300, "rows": 500}
-
-
-def test_a_file_that_is_cut_does_not_kill_a_reader(tmp_path):
-    assert in_process("file_cut_under_a_reader", tmp_path) == {"left": 100, "known": 400}
-
-
-def test_a_folder_that_may_not_be_written(tmp_path):
-    with tempfile.TemporaryDirectory() as folder:  # pytest's own are closed to other users
-        Path(folder).chmod(0o755)
-        found = in_process("read_only_folder", folder)
-    assert set(found) == {"cache", "new"}
-    assert all("cannot be written; use readonly=True" in message for message in found.values())
-
-
-@settings(max_examples=60, deadline=None)
-@given(st.lists(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 40)), max_size=60)))
-def test_key_table_against_dict(batches):
-    from torsh_text._key_table import KeyTable
-
-    table, expected, value = KeyTable(), {}, 0
-    everything = np.array([(a, b) for a in range(4) for b in range(41)], np.uint64)
-    for number, batch in enumerate(batches):
-        values = np.arange(value, value + len(batch))
-        value += len(batch)
-        table.assign(np.array(batch, np.uint64).reshape(-1, 2), values)
-        expected.update(zip(batch, values.tolist(), strict=True))
-        if number % 3 == 2:
-            table.forget(0, value // 2)
-            expected = {key: v for key, v in expected.items() if v >= value // 2}
-        found = table.find(everything).tolist()
-        assert found == [expected.get((int(a), int(b)), -1) for a, b in everything]
-
-
-def test_key_table_grows():
-    from torsh_text._key_table import KeyTable
-
-    table = KeyTable()
-    keys = np.random.default_rng(0).integers(0, 2**63, (20_000, 2), np.uint64)
-    keys[:, 0] %= 50  # far from hashes
-    for start in range(0, 20_000, 1700):
-        part = keys[start : start + 1700]
-        table.assign(np.concatenate([part, part[:3]]), np.arange(start, start + len(part) + 3))
-        table.assign(part[:3], np.arange(start, start + 3))
-    assert np.array_equal(table.find(keys), np.arange(20_000))
-    assert (table.find(keys + np.uint64(1)) == -1).all()

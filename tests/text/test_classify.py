@@ -8,6 +8,7 @@ from torch.utils.data import DataLoader
 from transformers import AutoModelForSequenceClassification
 
 from tests.text.architectures import make_model, make_tokenizer, random_texts
+from tests.text.taggers import make_tagger
 from tests.text.test_heads import make_classifier, make_classifier_model, padded_logits
 from torsh_text import Classifier, Label, PackedBatch
 
@@ -61,21 +62,35 @@ def test_what_predict_gives_back(tiny):
 
 def test_several_labels(tiny):
     logits = alone(tiny.model, "w5 w6")
-    (found,) = tiny.predict(["w5 w6"], multi_label=True, threshold=0)
+    (found,) = tiny.predict(["w5 w6"], multi_label=True, min_score=0)
     expected = logits.sigmoid().sort(descending=True).values
     assert [label.score for label in found] == pytest.approx(expected.tolist(), abs=2e-6)
     middle = float(expected[:2].mean())
-    (some,) = tiny.predict(["w5 w6"], multi_label=True, threshold=middle)
+    (some,) = tiny.predict(["w5 w6"], multi_label=True, min_score=middle)
     assert some == found[:1]
     tiny.model.config.problem_type = "multi_label_classification"
-    assert tiny.predict(["w5 w6"], threshold=0) == [found]
+    assert tiny.predict(["w5 w6"], min_score=0) == [found]
     assert isinstance(tiny.predict("w5 w6", multi_label=False), Label)
+
+
+def test_min_score_leaves_labels_out_of_every_list(tiny):
+    (every,) = tiny.predict(["w5 w6"], top_k=3)
+    limit = every[1].score
+    assert tiny.predict(["w5 w6"], top_k=3, min_score=limit) == [every[:2]]
+    assert tiny.predict(["w5 w6"], top_k=1, min_score=limit) == [every[:1]]
+    assert tiny.predict("w5 w6", top_k=1, min_score=1.0) == []
+    (several,) = tiny.predict(["w5 w6"], multi_label=True, min_score=0)
+    assert tiny.predict("w5 w6", multi_label=True) == [x for x in several if x.score >= 0.5]
+    assert tiny.predict("w5 w6", multi_label=True, top_k=3) == several
+    limit = several[0].score
+    assert tiny.predict("w5 w6", multi_label=True, top_k=3, min_score=limit) == several[:1]
 
 
 def test_regression_gives_the_value():
     model = make_classifier(num_labels=1)
     value = float(alone(model.model, "w5 w6"))
     assert model.predict("w5 w6").score == pytest.approx(value, abs=2e-6)
+    assert model.predict("w5 w6", top_k=1) == [model.predict("w5 w6")]  # whatever its sign
     squashed = model.scores("w5 w6", multi_label=True)
     assert float(squashed) == pytest.approx(float(torch.tensor(value).sigmoid()), abs=2e-6)
     with pytest.raises(ValueError, match="multi_label=False needs two labels"):
@@ -88,6 +103,13 @@ def test_long_texts(tiny):
         cut = tiny.predict(texts)
     assert len(caught) == 1
     assert caught[0].filename == __file__
+    assert [label.truncated for label in cut] == [False, True]
+    assert [x.truncated for x in tiny.predict(texts, long="mean")] == [False, False]
+    with pytest.warns(UserWarning, match="1 of 3") as caught:
+        rows = tiny.predict([texts[1], *texts, "w6", texts[1]], top_k=2)
+    assert [[x.truncated for x in row] for row in rows] == [
+        [cut] * 2 for cut in (True, False, True, False, True)
+    ]
     with pytest.warns(UserWarning, match="1 of 2") as caught:
         tiny.scores(texts)
     assert caught[0].filename == __file__
@@ -109,7 +131,9 @@ def test_long_texts(tiny):
     [
         ({"top_k": 0}, "top_k=0 is not between 1 and the 3 labels"),
         ({"top_k": 4}, "top_k=4 is not between 1 and the 3 labels"),
-        ({"threshold": 2}, "threshold=2 is not a number between 0 and 1"),
+        ({"min_score": 2}, "min_score=2 is not a number between 0 and 1"),
+        ({"min_score": 0.5}, "min_score=0.5 leaves labels out .* pass top_k=1"),
+        ({"min_score": 0.5, "multi_label": False}, "min_score=0.5 leaves labels out"),
         ({"long": "cut"}, "long='cut' is none of"),
         ({"max_tokens": 2}, "max_tokens=2 is less than the 3 tokens"),
     ],
@@ -235,6 +259,35 @@ def test_new_labels_keep_a_head_only_if_it_is_theirs(tiny, tmp_path):
         weight("cat")
     with pytest.raises(TypeError, match=r"labels\[0\] is 3"):
         weight([3])
+    with pytest.raises(TypeError, match=r"labels=2 is no list; pass names, such as \['ham"):
+        weight(2)
+
+
+def test_loading_and_saving_say_nothing_that_is_expected(tiny, tmp_path, capfd):
+    tiny.save_pretrained(tmp_path / "model")
+    with pytest.warns(UserWarning, match="got a new one"):
+        Classifier.from_pretrained(tmp_path / "model", ["cat", "dog"], device="cpu")
+    make_model("bert").save_pretrained(tmp_path / "plain")
+    make_tokenizer().save_pretrained(tmp_path / "plain")
+    capfd.readouterr()
+    new = Classifier.from_pretrained(tmp_path / "plain", ["cat", "dog"], device="cpu")
+    new.save_pretrained(tmp_path / "new")
+    assert capfd.readouterr() == ("", "")
+
+
+def test_the_head_of_a_tagger_is_no_classifier(tmp_path):
+    """Even with as many labels and no pooler that is missing, as in DistilBERT."""
+    tagger = make_tagger("distilbert", labels=["O", "B-x"])
+    tagger.save_pretrained(tmp_path)
+    why = "holds a DistilBertForTokenClassification, which labels each token. Load it with Tagger"
+    with pytest.raises(ValueError, match=why):
+        Classifier.from_pretrained(tmp_path, device="cpu")
+    new = Classifier.from_pretrained(tmp_path, ["O", "B-x"], device="cpu")
+    assert not torch.equal(new.model.classifier.weight, tagger.model.classifier.weight)
+    assert torch.equal(
+        new.backbone.embeddings.word_embeddings.weight,
+        tagger.backbone.embeddings.word_embeddings.weight,
+    )
 
 
 def test_a_plain_loop_learns_words(tiny):

@@ -1,5 +1,6 @@
 from itertools import product
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -88,6 +89,24 @@ def test_more_clusters_than_rows_give_one_each():
     torch.testing.assert_close(found.centers, x, atol=1e-6, rtol=0)
 
 
+def test_arrays_are_taken_as_tensors_are():
+    x = torch.randn(30, 4)
+    expected = cluster(x, k=3)
+    for rows in (x.numpy(), x.double().numpy(), x.flip(0).numpy()[::-1]):
+        found = cluster(rows, k=3)
+        assert torch.equal(found.labels, expected.labels)
+        assert torch.equal(found.centers, expected.centers)
+    for empty in (x[:0], x[:0].numpy()):
+        assert cluster(empty).labels.shape == (0,)
+    for wrong in (x.numpy()[0], x[:, :0].numpy(), torch.empty(0)):
+        with pytest.raises(ValueError, match=r"x has shape .*; expected \(rows, dim\)"):
+            cluster(wrong)
+    with pytest.raises(ValueError, match=r"x\[1\] is not finite"):
+        cluster(np.array([[1.0], [np.nan]]))
+    with pytest.raises(TypeError, match="x holds <U1; pass an array of floats"):
+        cluster(np.array([["a"]]))
+
+
 def test_refuses_what_does_not_fit():
     x = torch.randn(5, 3)
     with pytest.raises(ValueError, match="method='dbscan' is none of 'kmeans'"):
@@ -98,7 +117,7 @@ def test_refuses_what_does_not_fit():
         cluster(x, k=3, method="hdbscan")
     with pytest.raises(ValueError, match=r"expected \(rows, dim\)"):
         cluster(x[0])
-    with pytest.raises(TypeError, match="x is of type list; expected a tensor"):
+    with pytest.raises(TypeError, match="x is a list; pass a tensor or array"):
         cluster([[1.0, 2.0]])
     for k, kind in ((2.0, "float"), ("2", "str"), (True, "bool"), (None, "NoneType")):
         with pytest.raises(TypeError, match=f"is of type {kind}; expected an integer or 'auto'"):

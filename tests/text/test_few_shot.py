@@ -48,8 +48,14 @@ def a_few(rows, count, seed=0):
     return [text for text, _ in pairs], [label for _, label in pairs]
 
 
-def accuracy(model, rows):
-    found = model.predict([text for text, _ in rows])
+@pytest.fixture(scope="module")
+def vectors(tmp_path_factory):
+    """A cache, so that the texts that several tests judge are encoded once."""
+    return tmp_path_factory.mktemp("vectors")
+
+
+def accuracy(model, rows, cache=None):
+    found = model.predict([text for text, _ in rows], cache=cache)
     return sum(label.name == gold for label, (_, gold) in zip(found, rows, strict=True)) / len(rows)
 
 
@@ -232,6 +238,9 @@ def test_saves_and_loads(tiny, examples, tmp_path):
         (["w5", "w6"], ["a"], {}, "there are 2 texts and 1 labels"),
         (["w5", "w6"], ["a", "a"], {}, "has 1 names; give at least 2"),
         (["w5", "w6"], ["a", "b"], {"c": 0}, "c=0 is neither"),
+        (["w5", "w6"], ["a", "b"], {"steps": 5}, "steps=5 is for fine-tuning; make FewShot"),
+        (["w5", "w6"], ["a", "b"], {"lr": 1e-3}, "lr=0.001 is for fine-tuning; make FewShot"),
+        (["w5", "w6"], ["a", "b"], {"batch_size": 8}, "batch_size=8 is for fine-tuning"),
         (["w5", "w6"], ["a", "b"], {"class_weight": "even"}, "class_weight='even'"),
     ],
 )
@@ -241,10 +250,12 @@ def test_refuses_what_it_cannot_learn(tiny, texts, labels, options, message):
 
 
 def test_refuses_the_rest(tiny):
-    with pytest.raises(TypeError, match=r"labels\[1\] is 1 of type int"):
+    with pytest.raises(TypeError, match=r"labels\[1\] is 1 of type int, not a name; .* map"):
         FewShot(tiny).fit(["w5", "w6"], ["a", 1])
-    with pytest.raises(TypeError, match="encoder is a str"):
-        FewShot("MiniLM")
+    with pytest.raises(TypeError, match="labels='01' is a single string; pass a list with"):
+        FewShot(tiny).fit(["w5", "w6"], "01")
+    with pytest.raises(TypeError, match="encoder is a int; pass an Encoder, or the hub id"):
+        FewShot(3)
     with pytest.raises(RuntimeError, match="has learnt nothing yet"):
         FewShot(tiny).predict(["w5"])
     with pytest.raises(ValueError, match="'b' has a single text"):
@@ -258,6 +269,36 @@ def test_refuses_the_rest(tiny):
         FewShot(tiny.train()).fit(["w5", "w6"], ["a", "b"])
 
 
+def test_takes_a_folder(tiny, examples, tmp_path):
+    tiny.save_pretrained(tmp_path)
+    assert FewShot(tmp_path).fit(*examples).predict("w5") == FewShot(tiny).fit(*examples).predict(
+        "w5"
+    )
+    assert FewShot(str(tmp_path), finetune=True).encoder.backbone.dtype == torch.float32
+
+
+@pytest.mark.parametrize("prompt", ["", "w8 w9 "])
+def test_long_texts_are_marked(examples, prompt, tmp_path):
+    encoder = Encoder(
+        make_model("bert"),
+        make_tokenizer(),
+        max_length=40,
+        prompts={"all": prompt},
+        default_prompt="all",
+    ).eval()
+    model = FewShot(encoder).fit(*examples)
+    texts = ["w5", *random_texts([60, 37, 38]), "é " * 37, "é " * 45]
+    # 38 words and 2 special tokens just fit, unless a prompt is before them
+    expected = [False, True, bool(prompt), bool(prompt), bool(prompt), True]
+    for _ in range(2):  # the second time from the cache
+        with pytest.warns(UserWarning, match="were cut"):
+            found = model.predict(texts, cache=tmp_path)
+        assert [label.truncated for label in found] == expected
+    assert not any(label.truncated for label in model.predict(texts, long="mean"))
+    with pytest.warns(UserWarning, match="were cut"):
+        assert model.predict(texts[1]).truncated
+
+
 def test_rare_labels_count_as_much(tiny):
     texts = worded("w7 w20", 40) + worded("w9 w20", 4, 1)
     labels = ["common"] * 40 + ["rare"] * 4
@@ -268,24 +309,25 @@ def test_rare_labels_count_as_much(tiny):
 
 
 @pytest.mark.parametrize(("count", "floor"), [(8, 0.57), (64, 0.69)])
-def test_real_reviews(minilm, text_data, count, floor):
+def test_real_reviews(minilm, text_data, vectors, count, floor):
     """Seen: 0.63 and 0.73 with this seed, 0.68 and 0.77 with another; chance is 0.5."""
-    model = FewShot(minilm).fit(*a_few(read_sst2(text_data, "train"), count))
-    assert accuracy(model, read_sst2(text_data, "dev")[:300]) >= floor
+    few = a_few(read_sst2(text_data, "train"), count)
+    model = FewShot(minilm).fit(*few, cache=vectors)
+    assert accuracy(model, read_sst2(text_data, "dev")[:300], vectors) >= floor
 
 
 @pytest.mark.parametrize(("count", "floor"), [(8, 0.40), (64, 0.66)])
-def test_real_questions(minilm, text_data, count, floor):
+def test_real_questions(minilm, text_data, vectors, count, floor):
     """Seen: 0.46 to 0.54 and 0.71; chance is 0.17, the largest of the six classes has 0.23."""
     rows = random.Random(7).sample(read_trec(text_data), 5452)
-    model = FewShot(minilm).fit(*a_few(rows[300:], count))
-    assert accuracy(model, rows[:300]) >= floor
+    model = FewShot(minilm).fit(*a_few(rows[300:], count), cache=vectors)
+    assert accuracy(model, rows[:300], vectors) >= floor
 
 
 @pytest.mark.slow
-def test_fine_tuning_helps_on_real_questions(minilm, text_data):
+def test_fine_tuning_helps_on_real_questions(minilm, text_data, vectors):
     rows = random.Random(7).sample(read_trec(text_data), 5452)
     examples = a_few(rows[300:], 8)
-    plain = FewShot(minilm).fit(*examples)
+    plain = FewShot(minilm).fit(*examples, cache=vectors)
     tuned = FewShot(minilm, finetune=True).fit(*examples, steps=40)
-    assert accuracy(tuned, rows[:300]) > accuracy(plain, rows[:300]) + 0.1  # seen: 0.31
+    assert accuracy(tuned, rows[:300]) > accuracy(plain, rows[:300], vectors) + 0.1  # seen: 0.31

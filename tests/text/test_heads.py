@@ -161,6 +161,17 @@ def test_families_that_cannot_pack_run_as_transformers_runs_them(family):
 
 
 @pytest.mark.parametrize("family", SEQ2SEQ)
+def test_encoder_decoders_take_padding_on_either_side(family):
+    classifier = Classifier(
+        make_classifier_model(family), make_tokenizer(), max_length=40, attn="padded"
+    ).eval()
+    ids = torch.tensor([[1, 1, 0, 9, 2], [0, 5, 6, 7, 2]])
+    found = classifier({"input_ids": ids, "attention_mask": (ids != 1).long()})
+    expected = classifier({"input_ids": ids[:1, 2:]})[0]
+    assert (found[0] - expected).abs().max() <= 5e-6 * expected.abs().max()
+
+
+@pytest.mark.parametrize("family", SEQ2SEQ)
 def test_encoder_decoders_take_rows_with_several_ends(family):
     model = make_classifier_model(family)
     classifier = Classifier(model, make_tokenizer(), max_length=40, attn="padded").eval()

@@ -2,8 +2,8 @@ from html.parser import HTMLParser
 
 import pytest
 
+from torsh_text import Entity
 from torsh_text._highlight import highlight, label_colours, write_highlight
-from torsh_text._tagging import Entity
 
 
 class Page(HTMLParser):
@@ -106,6 +106,11 @@ def test_refuses_what_does_not_fit():
         highlight(text, [entity(text, "Ada Lovelace"), entity(text, "Lovelace")])
     with pytest.raises(ValueError, match="2 texts and entities of 1"):
         highlight(["a", "b"], [[]])
+    nested = r"entities holds list, where it should be a list of Entity, as text is one string"
+    with pytest.raises(TypeError, match=nested):
+        write_highlight("page.html", text, [[entity(text, "Ada")]])
+    with pytest.raises(TypeError, match=r"entities\[0\] holds Entity, where it should be a list"):
+        highlight([text], [entity(text, "Ada")])
 
 
 def test_writes_a_file(tmp_path):

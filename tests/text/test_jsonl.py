@@ -59,12 +59,34 @@ def test_reads_the_standard_input(monkeypatch):
     assert read_texts(Path("-"), "text") == Texts(["a", "b"], [1, 3])
 
 
-@pytest.mark.parametrize("line", ["{", '{"body": "x"}', '{"text": 3}', "[1]", "3"])
-def test_names_a_bad_line(tmp_path, line):
+@pytest.mark.parametrize(
+    ("line", "why"),
+    [
+        ("{", "is no JSON"),
+        ("[1]", "is no JSON object with a field 'text'"),
+        ("3", "is no JSON object with a field 'text'"),
+        ('{"body": "x", "n": 1}', "has no field 'text' but 'body', 'n'; name the one .* --field"),
+        ("{}", "has no field 'text' but none at all"),
+        ('{"text": 3}', "holds no string in the field 'text'; name the one .* --field"),
+    ],
+)
+def test_names_a_bad_line(tmp_path, line, why):
     file = tmp_path / "a.jsonl"
     file.write_text('{"text": "x"}\n' + line + "\n")
-    with pytest.raises(ValueError, match=r"a.jsonl:2 is no JSON object with a field 'text'"):
+    with pytest.raises(ValueError, match=rf"a.jsonl:2 {why}"):
         read_texts(file, "text")
+
+
+def test_says_what_is_wrong_with_the_file(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"^no file '.*nope\.txt'$"):
+        read_texts(tmp_path / "nope.txt", "text")
+    with pytest.raises(IsADirectoryError, match=r"is a folder; name a file of texts"):
+        read_texts(tmp_path, "text")
+    (tmp_path / "a.txt").write_text("a")
+    with pytest.raises(OSError, match=r"^cannot read .*: Not a directory$"):
+        read_texts(tmp_path / "a.txt" / "b.txt", "text")
+    with pytest.raises(ValueError, match=r"field='body' is for .jsonl files"):
+        read_texts(tmp_path / "a.txt", "body")
 
 
 def test_refuses_an_empty_file(tmp_path):
@@ -102,7 +124,7 @@ def test_goes_on_where_it_stopped(tmp_path):
         file.write(b'{"line": 13, "len')  # a torn line
     for change in ({"texts": _texts(9)}, {"model": "other"}):
         source = change.pop("texts", _texts())
-        with pytest.raises(ValueError, match="left by another command or other texts"):
+        with pytest.raises(ValueError, match=r"other texts \(changed: (texts|model)\)"):
             _write(source, out, **change)
     again = []
 
@@ -271,3 +293,17 @@ def test_survives_being_killed(tmp_path):
     assert [json.loads(line) for line in out.read_text().splitlines()] == [
         {"line": i + 1, "length": i} for i in range(300)
     ]
+
+
+def test_the_bar_shows_life_within_a_window(tmp_path, capsys):
+    def slow(texts):
+        time.sleep(2.3)
+        return [{"length": len(text)} for text in texts]
+
+    write_records(
+        _texts(), slow, tmp_path / "out.jsonl", settings={}, window=100, overwrite=False,
+        progress=True,
+    )  # fmt: skip
+    shown = capsys.readouterr().err
+    assert "[00:01" in shown
+    assert "[00:02" in shown

@@ -11,10 +11,11 @@ import pytest
 from safetensors.torch import load_file
 
 from torsh_text.__main__ import main
+from torsh_text._classify_command import classify
 from torsh_text._jsonl import partial_of, read_texts, write_records
-from torsh_text._record_commands import classify, ner, paraphrase, summarize
+from torsh_text._record_commands import ner, paraphrase, summarize
 from torsh_text._record_run import origin
-from torsh_text._vector_commands import cluster, embed, search, topics
+from torsh_text._vector_commands import cluster, duplicates, embed, search, topics
 
 pytest.importorskip("tyro")
 
@@ -61,7 +62,24 @@ def test_doctor():
     found = json.loads(_run_process("doctor", "--json").stdout)
     assert "grouped attention" in found["cpu"]
     assert {"torch", "transformers", "threads", "varlen options", "model hub"} <= set(found)
-    assert "HF_HUB_OFFLINE" in found["model hub"]
+    assert "HF_HUB_OFFLINE is set" in found["model hub"]
+
+
+def test_doctor_looks_into_the_model_cache(tmp_path, monkeypatch):
+    commit = "0" * 40
+    for name, files in (("dslim/bert-base-NER", ("config.json", "model.safetensors")),
+                        ("sentence-transformers/all-MiniLM-L6-v2", ("config.json",))):  # fmt: skip
+        repository = tmp_path / f"models--{name.replace('/', '--')}"
+        (repository / "snapshots" / commit).mkdir(parents=True)
+        (repository / "refs").mkdir()
+        (repository / "refs" / "main").write_text(commit)
+        for file in files:
+            (repository / "snapshots" / commit / file).write_text("{}")
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    found = json.loads(_run_process("doctor", "--json").stdout)
+    assert found["model cache"].startswith(str(tmp_path))
+    assert found["dslim/bert-base-NER"] == "in the model cache"
+    assert found["sentence-transformers/all-MiniLM-L6-v2"] == "not in the model cache"
 
 
 def test_search(file, minilm_path):
@@ -83,7 +101,7 @@ def test_cluster_of_jsonl(tmp_path, minilm_path):
     assert [group["size"] for group in found["groups"]] == [2, 2]
     failed = _run("cluster", path, "--model", minilm_path, check=False)
     assert failed.returncode == 1
-    assert "texts.jsonl:1 is no JSON object with a field 'text'" in failed.stderr
+    assert "texts.jsonl:1 has no field 'text' but 'body'; name the one" in failed.stderr
 
 
 def test_embed(file, minilm_path, tmp_path, minilm):
@@ -95,12 +113,18 @@ def test_embed(file, minilm_path, tmp_path, minilm):
 
 
 def test_embed_overwrites_nothing_else(tmp_path, minilm_path):
-    source, beside = tmp_path / "t.jsonl", tmp_path / "t.json"
+    source, beside = tmp_path / "t.jsonl", tmp_path / "mine.safetensors"
     source.write_text('{"text": "A cat"}\n')
     beside.write_text("mine")
     _run("embed", source, "--model", minilm_path)
     assert load_file(tmp_path / "t.safetensors")["vectors"].shape == (1, 384)
-    for target, why in ((source, "is the file of the texts"), (beside, "is no file of vectors")):
+    cases = [
+        (source, "vectors are written as safetensors"),
+        (beside, "is no file of vectors"),
+        (tmp_path / "v.npy", "end the name in .safetensors"),
+        (tmp_path / "none" / "v.safetensors", "there is no folder"),
+    ]
+    for target, why in cases:
         failed = _run("embed", source, "--out", target, check=False)
         assert failed.returncode == 1
         assert why in failed.stderr
@@ -219,10 +243,20 @@ def test_ner_and_classifier(tmp_path):
         (summarize, {"write": "x", "method": "mmr"}, "method='mmr' chooses sentences"),
         (summarize, {"write": "x", "model": "y"}, "model='y' chooses sentences"),
         (summarize, {"max_new_tokens": 9}, "max_new_tokens=9 needs --write"),
+        (summarize, {"long": "error"}, "long='error' needs --write"),
+        (classify, {"template": "{}"}, "template='{}' is for labels"),
+        (classify, {"multi_label": True}, "multi_label=True: sentiment gives one label"),
+        (classify, {"min_score": 0.2}, "min_score=0.2: sentiment gives one label"),
+        (duplicates, {"model": "x"}, "model='x' is not for --method words"),
+        (duplicates, {"cache": Path("c")}, "cache='c' is not for --method words"),
+        (duplicates, {"method": "vectors", "ngram": 3}, "ngram='3' is not for --method vectors"),
+        (embed, {"field": "body"}, "field='body' is for .jsonl files"),
+        (classify, {"out": Path("nowhere/out.jsonl")}, "there is no folder 'nowhere'"),
+        (cluster, {"out": Path("/")}, "out='/' is a folder"),
     ],
 )
 def test_no_option_is_ignored(file, command, options, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((ValueError, OSError), match=message):
         command(file, **options)
 
 
@@ -364,7 +398,12 @@ def test_a_retrained_model_does_not_continue_another_ones_records(tmp_path, writ
         raise RuntimeError("stop")
 
     out.unlink()
-    settings = {"command": "summarize", "write": origin(writer), "max_new_tokens": 4}
+    settings = {
+        "command": "summarize",
+        "max_new_tokens": 4,
+        "long": "map-reduce",
+        "write": origin(writer),
+    }
     with pytest.raises(RuntimeError, match="stop"):
         write_records(
             read_texts(path, "text"), stops, out, settings=settings, window=8, overwrite=False,
@@ -389,7 +428,10 @@ def test_ctrl_c_promises_only_what_is_true(file, minilm_path, tmp_path, monkeypa
     command = ["embed", file, "--model", minilm_path]
     command += ["--cache", tmp_path / "cache"] if cached else []
     monkeypatch.setattr("torsh_text.Encoder.encode", interrupted)
-    promise = "; the same command goes on from here" if cached else ""
+    kept = "the same command goes on from here"
+    promise = "; " + (
+        kept if cached else "--cache FOLDER would keep what it computes for the next run"
+    )
     assert _run(*command, check=False).stderr == f"torsh-text: interrupted{promise}"
 
 
@@ -399,3 +441,123 @@ def test_refuses_before_it_computes(file):
     for command in (cluster, topics):
         with pytest.raises(ValueError, match=r"map\.xyz' is no kind of picture; .*\.svg"):
             command(file, plot=Path("map.xyz"))
+
+
+def test_says_that_there_are_fewer_texts_than_asked_for(file, minilm_path, capsys):
+    with pytest.warns(UserWarning, match=r"k=1000 is more than the 4 texts of .*; all are ranked"):
+        search(file, ("cats",), k=1000, model=str(minilm_path), json=True)
+    assert len(json.loads(capsys.readouterr().out)[0]["matches"]) == 4
+    with pytest.raises(ValueError, match="k=0 is not positive"):
+        search(file, ("cats",), k=0)
+
+
+def test_a_text_that_is_too_long_is_named_by_its_line(tmp_path, minilm_path):
+    path = tmp_path / "t.txt"
+    path.write_text("A cat\n\n" + "word " * 600 + "\n")
+    with pytest.raises(ValueError, match=r"t\.txt:3 has more than max_length"):
+        embed(path, model=str(minilm_path), long="error")
+    embed(path, model=str(minilm_path), long="mean", device="cpu")
+
+
+def test_a_device_that_is_not_there(file, minilm_path):
+    with pytest.raises(ValueError, match="device='cuda:99'"):
+        embed(file, model=str(minilm_path), device="cuda:99")
+
+
+@pytest.fixture
+def copies(tmp_path):
+    path = tmp_path / "copies.jsonl"
+    texts = ["Shares fell on Monday.", "Rain is expected.", "shares fell, on Monday!", "A cat sat."]
+    rows = [json.dumps({"n": i, "text": text}) for i, text in enumerate(texts)]
+    path.write_text(rows[0] + "\n\n" + "\n".join(rows[1:]))
+    return path
+
+
+def test_duplicates_by_words(copies, tmp_path, capsys, monkeypatch):
+    out, keep = tmp_path / "groups.json", tmp_path / "kept.jsonl"
+    duplicates(copies, out=out, keep=keep)
+    assert "3 of 4 texts in" in capsys.readouterr().out
+    (group,) = json.loads(out.read_text())
+    assert [(m["line"], m["score"]) for m in group] == [(1, 1.0), (4, 1.0)]
+    assert [json.loads(row)["n"] for row in keep.read_text().splitlines() if row] == [0, 1, 3]
+    with pytest.raises(FileExistsError, match=r"keep=.* exists"):
+        duplicates(copies, keep=keep)
+    with pytest.raises(ValueError, match="is the file of the texts"):
+        duplicates(copies, keep=copies, overwrite=True)
+    duplicates(copies)
+    shown = capsys.readouterr().out
+    assert "4: shares fell, on Monday!" in shown
+    assert "1 groups among 4 texts" in shown
+    monkeypatch.setattr(sys, "stdin", io.StringIO("a\n\na\nb\n"))
+    duplicates(Path("-"), keep=keep, overwrite=True)
+    assert keep.read_text() == "a\nb\n"
+
+
+def test_duplicates_by_vectors(tmp_path, minilm_path):
+    path = tmp_path / "t.txt"
+    path.write_text(
+        "How do I reset my password?\nWhere is my order?\nHow can I reset my password?\n"
+    )
+    run = _run(
+        "duplicates", path, "--method", "vectors", "--threshold", 0.9, "--model", minilm_path,
+        "--json",
+    )  # fmt: skip
+    (group,) = json.loads(run.stdout)
+    assert [m["line"] for m in group] == [1, 3]
+
+
+def test_template_and_threshold_of_labels(file, minilm_path, minilm, tmp_path):
+    from torsh_text import ZeroShot
+
+    out, names = tmp_path / "out.jsonl", ("animals", "finance")
+    how = {"template": "A story of {}.", "top_k": 2}
+    classify(file, labels=names, model=str(minilm_path), out=out, **how)
+    expected = ZeroShot(minilm).predict(TEXTS, names, **how)
+    for record, row in zip(_records(out), expected, strict=True):
+        assert [x["name"] for x in record["labels"]] == [x.name for x in row]
+        assert [x["score"] for x in record["labels"]] == pytest.approx(
+            [x.score for x in row], abs=1e-4
+        )
+    on_cpu = tmp_path / "cpu.jsonl"
+    classify(file, labels=names, model=str(minilm_path), device="cpu", out=on_cpu, **how)
+    assert _records(on_cpu) == _records(out)
+    with pytest.raises(ValueError, match="multi_label=True needs via='nli'"):
+        classify(file, labels=names, model=str(minilm_path), multi_label=True)
+
+
+@pytest.fixture(scope="module")
+def classifier(tmp_path_factory):
+    """A folder with a classifier of three labels, of random weights."""
+    transformers = pytest.importorskip("transformers")
+    from tests.text.architectures import make_tokenizer
+
+    config = transformers.AutoConfig.for_model(
+        "bert", hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32,
+        vocab_size=500, num_labels=3, initializer_range=1.0,
+    )  # fmt: skip
+    folder = tmp_path_factory.mktemp("classifier")
+    make_tokenizer().save_pretrained(folder)
+    transformers.BertForSequenceClassification(config).save_pretrained(folder)
+    return str(folder)
+
+
+def test_several_labels(file, classifier, tmp_path):
+    out = tmp_path / "out.jsonl"
+    classify(file, model=classifier, multi_label=True, min_score=0.0, out=out)
+    assert all(len(record["labels"]) == 3 for record in _records(out))
+    classify(file, model=classifier, multi_label=True, min_score=1.0, out=out, overwrite=True)
+    assert all(record["labels"] == [] for record in _records(out))
+    with pytest.raises(ValueError, match=r"min_score=0.3 leaves labels out of a list"):
+        classify(file, model=classifier, min_score=0.3)
+
+
+def test_a_model_without_a_head(file, minilm_path):
+    model = str(minilm_path)
+    with pytest.raises(
+        ValueError, match=r"has no trained head for this: .*; give a classifier, or"
+    ):
+        classify(file, model=model)
+    with pytest.raises(ValueError, match="give an entailment classifier, or --via embed"):
+        classify(file, model=model, labels=("a", "b"), via="nli")
+    with pytest.raises(ValueError, match=r"give a model that tags tokens, such as dslim"):
+        ner(file, model=model)

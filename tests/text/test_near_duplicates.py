@@ -152,8 +152,12 @@ def test_numpy_arrays_are_vectors():
         assert near_duplicates(array).groups == near_duplicates(torch.tensor(x)).groups == [(3, 7)]
     x.setflags(write=False)
     assert near_duplicates(x).groups == [(3, 7)]
-    with pytest.raises(ValueError, match=r"x has shape \(8,\)"):
-        near_duplicates(x[0])
+    for wrong in (x[0], x[:, :0], torch.empty(0)):
+        with pytest.raises(ValueError, match=r"x has shape \(.*\); expected \(rows, dim\)"):
+            near_duplicates(wrong)
+    with pytest.raises(TypeError, match="x holds bool; pass an array of floats"):
+        near_duplicates(x > 0)
+    assert near_duplicates(x[:0]).groups == []
     assert near_duplicates(np.array(["a b c", "d", "A b c"])).groups == [(0, 2)]
 
 

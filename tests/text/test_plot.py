@@ -57,6 +57,22 @@ def test_refuses_what_does_not_fit():
         plot_map(x, [0, 1, 1], method="umap")
 
 
+def test_maps_take_arrays():
+    x, labels = torch.randn(5, 3), torch.tensor([0, 1, 0, -1, 1])
+    drawn = [
+        [group.get_offsets().tolist() for group in plot_map(rows, numbers).collections]
+        for rows, numbers in ((x, labels), (x.numpy(), labels.numpy()))
+    ]
+    assert drawn[0] == drawn[1]
+    assert len(drawn[0]) == 3
+    for wrong in (x.numpy()[0], x[:0].numpy()):
+        with pytest.raises(ValueError, match=r"embeddings .* expected \(rows, dim\)"):
+            plot_map(wrong, [])
+    x[1, 2] = float("inf")
+    with pytest.raises(ValueError, match=r"embeddings\[1\] is not finite"):
+        plot_map(x.numpy(), labels)
+
+
 def _topics():
     docs = ["red apple", "green apple", "an apple", "fast car", "old car", ""]
     x = torch.tensor([[1.0, 0.0], [0.9, 0.1], [1.0, 0.1], [0.0, 1.0], [0.1, 1.0], [-1.0, 0.0]])

@@ -112,7 +112,6 @@ def test_loads_only_when_there_is_something_to_do(file, tmp_path):
 
 
 def test_origin_changes_with_the_files_of_a_model(tmp_path):
-    assert origin("owner/name") == "owner/name"
     folder = tmp_path / "model"
     folder.mkdir()
     for name in ("config.json", "model.safetensors", "notes.md"):
@@ -129,3 +128,19 @@ def test_origin_changes_with_the_files_of_a_model(tmp_path):
     single = folder / "lid.ftz"
     single.write_bytes(b"x")
     assert origin(single) != origin(Path(f"{single}.gone")) == f"{single}.gone"
+
+
+def test_origin_of_a_hub_model_is_its_commit(tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(FileNotFoundError, match="not in the local model cache"):
+        origin("owner/name")
+    repository = tmp_path / "models--owner--name"
+    (repository / "refs").mkdir(parents=True)
+    for commit in ("a" * 40, "b" * 40):
+        folder = repository / "snapshots" / commit
+        folder.mkdir(parents=True)
+        for file in ("config.json", "model.safetensors"):
+            (folder / file).write_text("{}")
+        (repository / "refs" / "main").write_text(commit)
+        assert origin("owner/name") == {"name": "owner/name", "commit": commit}

@@ -11,6 +11,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from tests.text.architectures import make_model, make_tokenizer, random_texts
+from tests.text.test_heads import make_classifier
 from torsh_text import Collator, Encoder, PackedBatch, TokenBudgetSampler
 
 
@@ -203,6 +204,25 @@ def test_collates_texts_and_labels():
     )
     assert padded["input_ids"].equal(encoder.pack(texts).padded(encoder.pad_id)["input_ids"])
     assert labels.shape == (3, 2)
+
+
+def test_labels_may_be_names_or_numbers():
+    classifier = make_classifier(id2label={0: "ham", 1: "spam", 2: "eggs"})
+    collate = pickle.loads(pickle.dumps(Collator(classifier)))
+    texts = random_texts([3, 7, 1])
+    for labels in (["spam", "ham", "spam"], [1, 0, 1], ["spam", 0, torch.tensor(1)]):
+        batch, found = collate(list(zip(texts, labels, strict=True)))
+        assert batch.buffer.equal(classifier.pack(texts).buffer)
+        assert found.dtype == torch.int64
+        assert found.tolist() == [1, 0, 1]
+    message = r"items\[1\] has the label 'spma'; known: 'ham', .*Did you mean 'spam'"
+    with pytest.raises(ValueError, match=message):
+        collate([("w5", "ham"), ("w6", "spma")])
+    with pytest.raises(TypeError, match=r"items\[0\] has the label 'ham'; names are for classif"):
+        Collator(_encoder())([("w5", "ham")])
+    for label in (["ham", "spam"], None):
+        with pytest.raises(TypeError, match=r"make no tensor .*; pass a name or number for each"):
+            collate([("w5", label)])
 
 
 @pytest.mark.filterwarnings("ignore")  # Lightning's advice on workers and loggers

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from tests.text.architectures import make_tokenizer, random_texts
+from tests.text.architectures import make_model, make_tokenizer, random_texts
 from tests.text.test_heads import make_classifier_model
 from torsh_text import Classifier, Sentiment
 from torsh_text._sentiment import valences_of
@@ -90,5 +90,28 @@ def test_is_a_layer_and_loads_from_a_folder(tmp_path):
     model.classifier.save_pretrained(tmp_path)
     again = Sentiment.from_pretrained(tmp_path, device="cpu")
     assert again.predict("w5 w6") == model.predict("w5 w6")
+    assert Sentiment(tmp_path).labels == again.labels
     with pytest.raises(RuntimeError, match="training mode"):
         model.train().predict("w5")
+
+
+def test_long_texts_are_marked(tmp_path):
+    model = make_sentiment("NEG", "POS")
+    texts = ["w5", *random_texts([60])]
+    with pytest.warns(UserWarning, match="1 of 2 different texts") as caught:
+        found = model.predict(texts)
+    assert caught[0].filename == __file__
+    assert [label.truncated for label in found] == [False, True]
+    assert not model.predict(texts[1], long="mean").truncated
+
+
+def test_what_has_no_trained_head_is_refused(tmp_path):
+    make_model("bert").save_pretrained(tmp_path)
+    make_tokenizer().save_pretrained(tmp_path)
+    match = r"lack 2 .*Use a model trained for sentiment, .* or train one with Classifier"
+    for load in (Sentiment, Sentiment.from_pretrained):
+        with pytest.raises(ValueError, match=match) as caught:
+            load(tmp_path)
+        assert "Pass labels" not in str(caught.value)
+    with pytest.raises(TypeError, match="classifier is a int; pass a Classifier, or the hub id"):
+        Sentiment(3)

@@ -118,8 +118,8 @@ def test_mined_cosines():
     x = torch.randn(300, 16, dtype=torch.float64)
     found = mine_pairs(x * torch.rand(300, 1, dtype=torch.float64), threshold=0.5, block=77)
     expected = similarity(x, x).triu(1)
-    assert len(found.ids) == int((expected >= 0.5).sum()) > 50
-    got = expected[found.ids[:, 0], found.ids[:, 1]]
+    assert len(found.pairs) == int((expected >= 0.5).sum()) > 50
+    got = expected[found.pairs[:, 0], found.pairs[:, 1]]
     torch.testing.assert_close(found.scores, got, atol=1e-12, rtol=0)
     assert found.scores.dtype == torch.float64
     assert (found.scores.diff() <= 0).all()
@@ -135,16 +135,16 @@ def test_best_pairs_of_half_precision():
 
 def test_mining_a_thousand_equal_rows_holds_no_more_than_asked():
     found = mine_pairs(torch.ones(1000, 4), k=3, block=64)
-    assert found.ids.tolist() == [[0, 1], [0, 2], [0, 3]]
-    assert mine_pairs(torch.ones(1, 4), k=3).ids.shape == (0, 2)
+    assert found.pairs.tolist() == [[0, 1], [0, 2], [0, 3]]
+    assert mine_pairs(torch.ones(1, 4), k=3).pairs.shape == (0, 2)
 
 
 @pytest.mark.gpu
 def test_mining_on_a_gpu():
     x = torch.randn(3000, 32, dtype=torch.float64)
     found, expected = mine_pairs(x.cuda(), k=50, block=512), mine_pairs(x, k=50)
-    assert found.ids.is_cuda
-    assert torch.equal(found.ids.cpu(), expected.ids)
+    assert found.pairs.is_cuda
+    assert torch.equal(found.pairs.cpu(), expected.pairs)
 
 
 def test_mining_refuses_what_does_not_fit():
@@ -193,7 +193,7 @@ def test_arrays_are_vectors_too(tmp_path):
         assert torch.equal(similarity(array, x), similarity(x, array))
         torch.testing.assert_close(similarity(array, array), similarity(x, x))
         assert search(array[3], array, 2).ids.tolist() == search(x[3], x, 2).ids.tolist()
-        assert torch.equal(mine_pairs(array, k=5).ids, mine_pairs(x, k=5).ids)
+        assert torch.equal(mine_pairs(array, k=5).pairs, mine_pairs(x, k=5).pairs)
     backwards = x.numpy()[::-1]
     assert search(x[3], backwards, 1).ids.tolist() == [16]
     assert search(x.double().numpy(), x.double(), 1).scores.dtype == torch.float64

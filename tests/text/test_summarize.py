@@ -15,7 +15,7 @@ from tests.text.writers import (
     words,
     writer_tokenizer,
 )
-from torsh_text import Generator, KeySentence, Summarizer, Summary, split_sentences
+from torsh_text import EmbeddingCache, Generator, KeySentence, Summarizer, Summary, split_sentences
 from torsh_text._splitting import split_to_fit
 from torsh_text._summarize import _choose
 
@@ -84,6 +84,30 @@ def test_odd_texts(minilm):
     assert summarizer.extract([]) == []
     # far beyond the 256 tokens of the model: averaged, not cut, and so without a warning
     assert len(summarizer.extract("word " * 600 + ". The end.").sentences) == 2
+
+
+def test_texts_without_marks_between_sentences(minilm):
+    summarizer = Summarizer(encoder=minilm)
+    plain = [s.text.rstrip(".!").lower() for s in split_sentences(NEWS)] * 5
+    lines = summarizer.extract("\n".join(plain) + "\n", sentences=2)
+    assert [one.text in plain for one in lines.sentences] == [True, True]
+    endless = " ".join(plain)
+    with pytest.warns(UserWarning, match="2 of 3 texts are one sentence of more than 600") as told:
+        whole, _, short = summarizer.extract([endless, endless + " ", plain[0]], sentences=1)
+    assert told[0].filename == __file__
+    assert len(told) == 1
+    assert whole.text == endless
+    assert short.text == plain[0]
+
+
+def test_vectors_of_sentences_are_kept_in_a_cache(minilm, tmp_path):
+    cache = EmbeddingCache(tmp_path)
+    summarizer = Summarizer(encoder=minilm)
+    first = summarizer.extract(NEWS, cache=cache)
+    assert (cache.stats().stored, cache.stats().hits) == (5, 0)
+    assert summarizer.extract([NEWS], cache=cache) == [first]
+    assert (cache.stats().stored, cache.stats().hits) == (5, 5)
+    assert first == summarizer.extract(NEWS)
 
 
 def rouge1(text, golds):

@@ -95,6 +95,13 @@ def test_refuses_a_bare_string(bad):
         checked_texts(bad)
 
 
+def test_refuses_what_has_no_order_of_texts():
+    with pytest.raises(TypeError, match=r"texts is a dict.*list\(texts.values\(\)\)"):
+        checked_texts({"a": "b"})
+    with pytest.raises(TypeError, match="texts is a set, which has no order"):
+        checked_texts({"a", "b"})
+
+
 PAIRS = [("a man eats", "food"), ("", "x"), ("one two three four five six seven", "eight nine")]
 
 

@@ -39,6 +39,16 @@ def test_only_vectors_are_replaced(tmp_path):
         check_target(target, source)
     link = tmp_path / "link.safetensors"
     link.symlink_to(source)
-    for same in (source, link):
-        with pytest.raises(ValueError, match="is the file of the texts"):
-            check_target(same, source)
+    with pytest.raises(ValueError, match="is the file of the texts"):
+        check_target(link, source)
+
+
+@pytest.mark.parametrize("name", ["x.npy", "x.pt", "x"])
+def test_the_name_says_what_is_in_the_file(tmp_path, name):
+    with pytest.raises(ValueError, match=r"end the name in \.safetensors"):
+        check_target(tmp_path / name, tmp_path / "texts.txt")
+
+
+def test_the_folder_has_to_be_there(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"there is no folder .*none'; make it first"):
+        check_target(tmp_path / "none" / "x.safetensors", tmp_path / "texts.txt")

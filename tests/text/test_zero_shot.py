@@ -135,8 +135,8 @@ def test_what_predict_gives_back():
     assert (one.name, one.score) == (best[0].name, pytest.approx(best[0].score, abs=2e-6))
     every = model.predict(texts, WORDS, top_k=3)
     assert [labels[0] for labels in every] == best
-    assert model.predict(texts[0], WORDS, multi_label=True, threshold=1.0) == []
-    assert len(model.predict(texts[0], WORDS, multi_label=True, threshold=0)) == 3
+    assert model.predict(texts[0], WORDS, multi_label=True, min_score=1.0) == []
+    assert len(model.predict(texts[0], WORDS, multi_label=True, min_score=0)) == 3
     assert model.predict([], WORDS) == []
     # braces in a label are no template
     assert model.predict("w5", ["{0}", "w6"]).name in ("{0}", "w6")
@@ -146,7 +146,8 @@ def test_long_texts_are_cut_and_counted_or_refused():
     model = ZeroShot(make_nli())
     texts = ["w5", *random_texts([60])]
     with pytest.warns(UserWarning, match="1 texts were too long") as caught:
-        model.predict(texts, WORDS, template=TEMPLATE)
+        found = model.predict(texts, WORDS, template=TEMPLATE)
+    assert [label.truncated for label in found] == [False, True]
     assert caught[0].filename == __file__
     with pytest.raises(ValueError, match="has more than max_length=40"):
         model.predict(texts, WORDS, long="error")
@@ -208,6 +209,8 @@ def test_out_of_memory_shrinks_the_batches_of_labels():
         (WORDS, {"template": "about"}, "has to hold {} once"),
         (WORDS, {"long": "mean"}, "long='mean' is none of"),
         (WORDS, {"top_k": 0}, "top_k=0"),
+        (WORDS, {"min_score": 0.7}, "min_score=0.7 leaves labels out of a list"),
+        (WORDS, {"cache": "folder"}, "cache keeps vectors, and via='nli' makes none"),
         (WORDS, {"top_k": 4}, "top_k=4 is not between 1 and the 3 labels"),
     ],
 )
@@ -249,6 +252,34 @@ def test_embedding_compares_with_each_label_sentence():
     assert warm.max() < found.max()
     with pytest.raises(ValueError, match="multi_label=True needs via='nli'"):
         model.predict("w5", WORDS, multi_label=True)
+
+
+def test_vectors_of_texts_come_from_a_cache(tmp_path):
+    encoder = Encoder(make_model("bert"), make_tokenizer(), max_length=40).eval()
+    rows = []
+    encoder.backbone.register_forward_pre_hook(
+        lambda module, args, kwargs: rows.append(len(kwargs["packed"])), with_kwargs=True
+    )
+    texts = random_texts([3, 8, 60])
+    zero = ZeroShot(encoder)
+    with pytest.warns(UserWarning, match="1 of 3 different texts"):
+        first = zero.predict(texts, WORDS, cache=tmp_path)
+    assert [label.truncated for label in first] == [False, False, True]
+    assert sum(rows) == 6
+    with pytest.warns(UserWarning, match="1 of 3 different texts"):
+        assert zero.predict(texts, WORDS, cache=tmp_path) == first
+    assert sum(rows) == 9  # the labels alone
+    with pytest.warns(UserWarning, match="1 of 3 different texts"):
+        scores = zero.scores(texts, WORDS, cache=tmp_path)
+    assert scores.max(1).values.tolist() == [label.score for label in first]
+
+
+def test_an_encoder_in_a_folder_knows_no_entailment(tmp_path):
+    make_model("bert").save_pretrained(tmp_path)
+    make_tokenizer().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="Use a model trained on natural language inference"):
+        ZeroShot(tmp_path, via="nli")
+    assert ZeroShot(tmp_path).via == "embed"
 
 
 def test_labels_are_encoded_once(monkeypatch):
@@ -335,7 +366,10 @@ def test_limits_of_a_language_model():
     zero = ZeroShot(make_lm(max_position_embeddings=40), tokenizer=make_tokenizer())
     texts = ["w5", *random_texts([60])]
     with pytest.warns(UserWarning, match="1 texts were too long"):
-        zero.predict(texts, WORDS)
+        found = zero.predict([*texts, "w6"], WORDS)
+    assert [label.truncated for label in found] == [False, True, False]
+    with pytest.raises(ValueError, match="cache keeps vectors, and via='lm' makes none"):
+        zero.predict("w5", WORDS, cache="folder")
     with pytest.raises(ValueError, match=r"has 60 tokens, .* fit"):
         zero.predict(texts, WORDS, long="error")
     with pytest.raises(ValueError, match="leave no room"):
@@ -395,3 +429,11 @@ def test_real_questions_and_reviews(minilm, text_data):
 def test_a_gguf_file_is_a_language_model(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"x\.gguf' is no file on this machine"):
         ZeroShot(tmp_path / "x.gguf")
+
+
+def test_a_device_is_for_what_is_loaded(minilm, minilm_path):
+    assert ZeroShot(minilm_path, device="cpu").model.backbone.device.type == "cpu"
+    with pytest.raises(ValueError, match="device='gpu' is no device"):
+        ZeroShot(minilm_path, device="gpu")
+    with pytest.raises(ValueError, match="device='cpu' is for a path or hub id"):
+        ZeroShot(minilm, device="cpu")

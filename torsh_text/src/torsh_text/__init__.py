@@ -6,6 +6,7 @@ from ._classify import Classifier
 from ._cluster import Clusters, cluster
 from ._crf import CRF
 from ._encoder import Encoder
+from ._entities import Entity
 from ._extract import Picks, facility_location, lexrank, mmr
 from ._few_shot import FewShot
 from ._generate import Generation, Generator
@@ -16,13 +17,15 @@ from ._near_duplicates import Duplicates, near_duplicates
 from ._packing import PackedBatch
 from ._paraphrase import Paraphrase, Paraphraser, word_overlap
 from ._plot import plot_map, plot_topic_map, plot_topics
+from ._quantized import QuantizedVectors, quantize
 from ._sampler import Collator, TokenBudgetSampler
 from ._sentences import Sentence, split_sentences
 from ._sentiment import Sentiment, SentimentLabel
 from ._similarity import MinedPairs, SearchResult, mine_pairs, search, similarity
 from ._spans import Span, TagScheme, Transitions
 from ._summarize import KeySentence, Summarizer, Summary
-from ._tagging import Entity, TaggedBatch, Tagger
+from ._tagged_batch import TaggedBatch
+from ._tagging import Tagger
 from ._terms import TopicTerms, topic_terms
 from ._topic import DocumentTopics, Topic, TopicMerge, TopicPeriod
 from ._topics import TopicModel
@@ -57,6 +60,7 @@ __all__ = [
     "Paraphrase",
     "Paraphraser",
     "Picks",
+    "QuantizedVectors",
     "SearchResult",
     "Sentence",
     "Sentiment",
@@ -86,6 +90,7 @@ __all__ = [
     "plot_map",
     "plot_topic_map",
     "plot_topics",
+    "quantize",
     "search",
     "similarity",
     "split_sentences",

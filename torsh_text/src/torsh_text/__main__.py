@@ -2,12 +2,13 @@
 
 import warnings
 
-from ._record_commands import classify, detect, ner, paraphrase, summarize
-from ._vector_commands import cluster, embed, search, topics
+from ._classify_command import classify
+from ._record_commands import detect, ner, paraphrase, summarize
+from ._vector_commands import cluster, duplicates, embed, search, topics
 
 
 def doctor(*, json: bool = False) -> None:
-    """Say what this machine has and which attention will run.
+    """Say what this machine has, which attention will run and which default models are here.
 
     Args:
         json: Print JSON instead of a table.
@@ -31,6 +32,7 @@ _COMMANDS = {
     "detect": detect,
     "topics": topics,
     "cluster": cluster,
+    "duplicates": duplicates,
     "paraphrase": paraphrase,
 }
 

@@ -241,9 +241,13 @@ def register_attention() -> None:
     AttentionMaskInterface.register(ATTENTION, _mask)
 
 
-@functools.cache
+_PARAMETERS: dict[type[nn.Module], frozenset[str]] = {}
+
+
 def _forward_parameters(model_type: type[nn.Module]) -> frozenset[str]:
-    return frozenset(inspect.signature(model_type.forward).parameters)
+    if model_type not in _PARAMETERS:  # torch.compile warns of functools.cache
+        _PARAMETERS[model_type] = frozenset(inspect.signature(model_type.forward).parameters)
+    return _PARAMETERS[model_type]
 
 
 def packed_inputs(batch: PackedBatch) -> dict[str, Any]:
@@ -288,6 +292,25 @@ def positioned(
         return dict(inputs)
     positions = ((mask != 0).cumsum(1) - 1).clamp_min(0) + first_position
     return {**inputs, "position_ids": positions}
+
+
+def left_aligned(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Move padding behind the tokens of each row.
+
+    Args:
+        inputs: Tensors ``(rows, length)``, among them ``attention_mask`` unless nothing is padded.
+
+    Example:
+        >>> inputs = {"input_ids": torch.tensor([[0, 0, 7, 8], [5, 6, 7, 0]])}
+        >>> left_aligned({**inputs, "attention_mask": inputs["input_ids"] != 0})["input_ids"]
+        tensor([[7, 8, 0, 0],
+                [5, 6, 7, 0]])
+    """
+    mask = inputs.get("attention_mask")
+    if mask is None:
+        return dict(inputs)
+    order = (mask == 0).byte().argsort(dim=1, stable=True)
+    return {name: values.gather(1, order) for name, values in inputs.items()}
 
 
 def last_states(backbone: "PreTrainedModel", inputs: dict[str, Any]) -> Tensor:

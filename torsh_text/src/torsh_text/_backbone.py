@@ -34,6 +34,26 @@ def resolve_dtype(dtype: torch.dtype | str, device: torch.device) -> torch.dtype
     return found
 
 
+def resolve_device(device: torch.device | str | None) -> torch.device:
+    """Return the device that is meant; None is CUDA where there is one, else the CPU.
+
+    Raises:
+        ValueError: If torch knows no such device, or it is CUDA and there is none.
+    """
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        place = torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(f"device={device!r} is no device; use 'cpu' or 'cuda'") from error
+    if place.type == "cuda" and (place.index or 0) >= torch.cuda.device_count():
+        raise ValueError(
+            f"device={str(device)!r}, but torch sees {torch.cuda.device_count()} CUDA devices;"
+            " use 'cpu', or see `torsh-text doctor`"
+        )
+    return place
+
+
 class Dense(nn.Module):
     """A linear layer and its activation behind the pooling, as sentence-transformers saves it."""
 
@@ -151,6 +171,11 @@ def find_model(
     """
     folder = Path(name)
     if folder.is_dir():
+        if not (folder / "config.json").exists() and not (folder / "modules.json").exists():
+            raise FileNotFoundError(
+                f"the folder {str(folder)!r} holds no model: neither config.json (transformers) nor"
+                " modules.json (sentence-transformers) is in it"
+            )
         return folder
     if isinstance(name, os.PathLike) or name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise FileNotFoundError(f"name={str(name)!r} is no folder on this machine")
@@ -177,11 +202,13 @@ def find_model(
     except (LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
         raise FileNotFoundError(
             f"{name!r} is not in the local model cache and the hub cannot be asked (offline, or"
-            f" local_files_only=True). Run `hf download {name}` once on a connected machine, or"
-            " pass the path of a folder that holds the model"
+            f" local_files_only=True). Run `hf download {name}` once on a connected machine"
+            " (HF_HOME says where its cache is), or name a folder that holds a model instead"
         ) from error
     except HfHubHTTPError as error:
-        raise FileNotFoundError(f"the hub does not give out {name!r}: {error}") from error
+        raise FileNotFoundError(
+            f"the hub does not give out {name!r}: {str(error).splitlines()[0]}"
+        ) from error
     return folder
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from . import _backbone
-from ._attention import positioned
+from ._attention import left_aligned, positioned
 from ._heads import check_head, find_head, head_logits, load_classifier
 from ._labels import Label, check_ranking, checked_names, ranked
 from ._packing import PackedBatch
@@ -135,11 +135,12 @@ class Classifier(TokenModel):
 
         Raises:
             FileNotFoundError: If the model is neither a folder nor to be had from the hub.
-            ValueError: If weights are missing, which would be random, and ``labels`` is None.
+            ValueError: If weights are missing, which would be random, or the head is that of a
+                tagger, and ``labels`` is None.
         """
         from transformers import AutoTokenizer
 
-        place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        place = _backbone.resolve_device(device)
         folder = _backbone.find_model(
             name,
             revision=revision,
@@ -192,7 +193,7 @@ class Classifier(TokenModel):
         *,
         multi_label: bool | None = ...,
         top_k: int | None = ...,
-        threshold: float = ...,
+        min_score: float | None = ...,
         long: Long = ...,
         max_tokens: int | Literal["auto"] = ...,
         progress: bool = ...,
@@ -205,7 +206,7 @@ class Classifier(TokenModel):
         *,
         multi_label: bool | None = ...,
         top_k: int | None = ...,
-        threshold: float = ...,
+        min_score: float | None = ...,
         long: Long = ...,
         max_tokens: int | Literal["auto"] = ...,
         progress: bool = ...,
@@ -217,7 +218,7 @@ class Classifier(TokenModel):
         *,
         multi_label: bool | None = None,
         top_k: int | None = None,
-        threshold: float = 0.5,
+        min_score: float | None = None,
         long: Long = "truncate",
         max_tokens: int | Literal["auto"] = "auto",
         progress: bool = False,
@@ -229,8 +230,10 @@ class Classifier(TokenModel):
             multi_label: Whether a text may have several labels; None asks the model's
                 configuration.
             top_k: That many labels for each text, best first, as a list. None: the best label
-                alone, or with ``multi_label`` the list of those that reach the threshold.
-            threshold: Least score of one of several labels, 0 to 1.
+                alone, or with ``multi_label`` the list of those that reach ``min_score``.
+            min_score: Labels below it are left out of the lists, 0 to 1. None is 0.5 with
+                ``multi_label`` and without ``top_k``, else 0. Refused where each text gets its
+                best label alone.
             long: As for :meth:`scores`.
             max_tokens: As for :meth:`scores`.
             progress: Show a progress bar.
@@ -243,12 +246,19 @@ class Classifier(TokenModel):
             ValueError: As :meth:`scores`.
             RuntimeError: As :meth:`scores`.
         """
-        check_ranking(top_k=top_k, threshold=threshold, count=len(self.labels))
         several = self._several(multi_label)
+        check_ranking(top_k=top_k, min_score=min_score, several=several, count=len(self.labels))
         single = isinstance(texts, str)
-        scores, cut = self._scored(texts, multi_label, long, max_tokens, progress)
-        self._warn_cut(*cut)
-        found = ranked(scores, self.labels, top_k=top_k, several=several, threshold=threshold)
+        scores, truncated, why = self._scored(texts, multi_label, long, max_tokens, progress)
+        self._warn_cut(*why)
+        found = ranked(
+            scores,
+            self.labels,
+            top_k=top_k,
+            several=several,
+            min_score=min_score,
+            truncated=truncated,
+        )
         return found[0] if single else found
 
     def scores(
@@ -285,8 +295,8 @@ class Classifier(TokenModel):
             ValueError: If an option does not fit, or a text is no Unicode or too long.
             RuntimeError: If the classifier is in training mode, or a score is not finite.
         """
-        scores, cut = self._scored(texts, multi_label, long, max_tokens, progress)
-        self._warn_cut(*cut)
+        scores, _, why = self._scored(texts, multi_label, long, max_tokens, progress)
+        self._warn_cut(*why)
         return scores[0] if isinstance(texts, str) else scores
 
     def logits_of_pairs(
@@ -316,7 +326,7 @@ class Classifier(TokenModel):
 
     def save_pretrained(self, path: str | os.PathLike[str]) -> None:
         """Write a folder that :meth:`from_pretrained` and transformers load."""
-        with staged_folder(Path(path)) as staging:
+        with staged_folder(Path(path)) as staging, _backbone.quiet_loading():
             self.model.save_pretrained(staging)
             self.tokenizer.save_pretrained(staging)
             limits = {"max_seq_length": self.max_length, "do_lower_case": self._lower_case}
@@ -348,8 +358,8 @@ class Classifier(TokenModel):
         long: Long,
         max_tokens: int | Literal["auto"],
         progress: bool,
-    ) -> tuple[Tensor, tuple[int, str, str]]:
-        """Scores, and what to say about texts that were cut."""
+    ) -> tuple[Tensor, list[bool], tuple[int, str, str]]:
+        """Scores, whether each text was cut, and what to say about it."""
         if self._several(multi_label):
             finish: Callable[[Tensor], Tensor] = torch.sigmoid
         elif self._problem == "regression" and multi_label is None:
@@ -360,12 +370,10 @@ class Classifier(TokenModel):
         scores, cut = self._rows_through(
             items, finish, long=long, max_tokens=max_tokens, progress=progress
         )
+        lost = set(cut if long == "truncate" else ())
         of = f"{len(set(items))} different texts"
-        return scores, (
-            len(cut) if long == "truncate" else 0,
-            of,
-            "; use long='mean' or long='error'",
-        )
+        why = (len(lost), of, "; use long='mean' or long='error'")
+        return scores, [text in lost for text in items], why
 
     def _rows_through(
         self,
@@ -422,7 +430,9 @@ class Classifier(TokenModel):
         if not config.is_encoder_decoder:
             inputs = positioned(self.model, inputs, self.first_position)
             return self.model(**inputs).logits.float()
-        # BART and T5 read the state of the last end-of-text token and want as many in every row
+        # BART and T5 count positions from the left, read the state of the last end-of-text token
+        # and want as many in every row
+        inputs = left_aligned(inputs)
         ends = (inputs["input_ids"] == config.eos_token_id).sum(1)
         counts = ends.unique().tolist()
         if counts[0] == 0:

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ._arrays import as_tensor
 from ._kmeans import k_means
 
 Method = Literal["kmeans", "spherical", "agglomerative", "hdbscan"]
@@ -29,6 +30,18 @@ class Clusters:
     labels: Tensor
     centers: Tensor
     scores: Tensor
+
+
+def finite_rows(x: Tensor | np.ndarray, name: str) -> Tensor:
+    """Return vectors in float32, refusing all but finite rows ``(rows, dim)``."""
+    x = as_tensor(x, name)
+    if x.ndim != 2 or not x.shape[1]:
+        raise ValueError(f"{name} has shape {tuple(x.shape)}; expected (rows, dim)")
+    x = x.float()
+    finite = x.isfinite().all(1)
+    if not bool(finite.all()):
+        raise ValueError(f"{name}[{int((~finite).nonzero()[0])}] is not finite in float32")
+    return x
 
 
 def _silhouette(x: Tensor, labels: Tensor, k: int) -> float:
@@ -99,7 +112,7 @@ def _by_size(labels: Tensor, k: int) -> Tensor:
 
 @torch.no_grad()
 def cluster(
-    x: Tensor,
+    x: Tensor | np.ndarray,
     *,
     k: int | Literal["auto"] = "auto",
     method: Method = "kmeans",
@@ -114,7 +127,8 @@ def cluster(
     HDBSCAN finds its own number.
 
     Args:
-        x: Vectors ``(rows, dim)``, finite in float32, of any magnitude.
+        x: Vectors ``(rows, dim)``, a tensor or a numpy array, finite in float32, of any
+            magnitude.
         k: Number of clusters, or ``"auto"``.
         method: ``"kmeans"`` (best of four k-means++ starts), ``"spherical"`` (the same by
             direction), ``"agglomerative"`` (Ward's, quadratic memory) or ``"hdbscan"`` (by
@@ -122,7 +136,8 @@ def cluster(
         seed: Seed of the starts and of the sample.
 
     Raises:
-        TypeError: If ``x`` is no tensor or ``k`` neither an integer nor ``"auto"``.
+        TypeError: If ``x`` is no tensor or array of numbers, or ``k`` neither an integer nor
+            ``"auto"``.
         ValueError: If ``k`` or ``method`` does not fit, or a value is not finite.
         ImportError: If scikit-learn is missing for the last two methods.
 
@@ -137,19 +152,12 @@ def cluster(
     """
     if method not in _METHODS:
         raise ValueError(f"method={method!r} is none of {', '.join(map(repr, _METHODS))}")
-    if not isinstance(x, Tensor):
-        raise TypeError(f"x is of type {type(x).__name__}; expected a tensor (rows, dim)")
     if k != "auto" and (not isinstance(k, int) or isinstance(k, bool)):
         raise TypeError(f"k={k!r} is of type {type(k).__name__}; expected an integer or 'auto'")
-    if x.ndim != 2:
-        raise ValueError(f"x has shape {tuple(x.shape)}; expected (rows, dim)")
     if k != "auto" and (method == "hdbscan" or k < 1):
         valid = "'auto' with method='hdbscan'" if method == "hdbscan" else "'auto' or at least 1"
         raise ValueError(f"k={k}; it has to be {valid}")
-    x = x.float()
-    if not bool(x.isfinite().all()):
-        bad = int((~x.isfinite().all(1)).nonzero()[0])
-        raise ValueError(f"x[{bad}] is not finite in float32")
+    x = finite_rows(x, "x")
     if len(x) == 0:
         empty = torch.empty(0, dtype=torch.int64, device=x.device)
         return Clusters(empty, x[:0], x.new_empty(0))

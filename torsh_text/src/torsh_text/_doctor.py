@@ -1,7 +1,10 @@
 """What this machine has, and which attention will run."""
 
 import platform
+from pathlib import Path
 from typing import Any
+
+from ._default_models import PARAPHRASER, TAGGER, ZERO_SHOT
 
 _EXTRAS = {
     "tyro": "cli",
@@ -52,5 +55,29 @@ def findings() -> dict[str, Any]:
         "one thread; unset TOKENIZERS_PARALLELISM to use all" if slow else "all cores"
     )
     offline = os.environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "true", "on", "yes")
-    found["model hub"] = "offline (HF_HUB_OFFLINE): only cached models" if offline else "online"
+    found["model hub"] = (
+        "not asked: HF_HUB_OFFLINE is set, only cached models load"
+        if offline
+        else "asked when a model loads (HF_HUB_OFFLINE is not set); not tried here"
+    )
+    found |= _cached_models()
     return found
+
+
+def _cached_models() -> dict[str, str]:
+    """Say where the hub's cache is and which default models it holds, without the network."""
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    from ._sentiment import DEFAULT as SENTIMENT
+
+    def state(model: str) -> str:
+        config = try_to_load_from_cache(model, "config.json")
+        folder = Path(config).parent if isinstance(config, str) else None
+        whole = folder and any([*folder.glob("*.safetensors"), *folder.glob("*.bin")])
+        return "in the model cache" if whole else "not in the model cache"
+
+    return {
+        "model cache": f"{HF_HUB_CACHE} (HF_HOME moves it)",
+        **{model: state(model) for model in (*ZERO_SHOT.values(), SENTIMENT, TAGGER, PARAPHRASER)},
+    }

@@ -17,6 +17,8 @@ from ._cache import EmbeddingCache, open_cache
 from ._fingerprint import arithmetic, weights_seen
 from ._packing import PackedBatch
 from ._pooling import POOLINGS, Pooling, pool_packed, pool_padded
+from ._quantized import Quantization, QuantizedVectors
+from ._quantized import quantize as quantized
 from ._runtime import (
     check_max_tokens,
     check_options,
@@ -31,6 +33,8 @@ from ._tokenizing import Long
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+_NOT_CUT = "; use long='mean' or long='error'"
 
 
 class Encoder(TokenModel):
@@ -143,7 +147,7 @@ class Encoder(TokenModel):
             FileNotFoundError: If the model is neither a folder nor to be had from the hub.
             ValueError: If its files are damaged or of a kind this encoder has not.
         """
-        place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        place = _backbone.resolve_device(device)
         parts = _backbone.load_parts(
             name,
             dtype=_backbone.resolve_dtype(dtype, place),
@@ -189,6 +193,7 @@ class Encoder(TokenModel):
         *,
         prompt: str | None = ...,
         dim: int | None = ...,
+        quantize: None = ...,
         out: Literal["torch"] = ...,
         max_tokens: int | Literal["auto"] = ...,
         long: Long = ...,
@@ -203,6 +208,7 @@ class Encoder(TokenModel):
         *,
         prompt: str | None = ...,
         dim: int | None = ...,
+        quantize: None = ...,
         out: Literal["numpy"],
         max_tokens: int | Literal["auto"] = ...,
         long: Long = ...,
@@ -210,18 +216,34 @@ class Encoder(TokenModel):
         progress: bool = ...,
     ) -> np.ndarray: ...
 
+    @overload
+    def encode(
+        self,
+        texts: str | Iterable[str],
+        *,
+        prompt: str | None = ...,
+        dim: int | None = ...,
+        quantize: Quantization,
+        out: Literal["torch"] = ...,
+        max_tokens: int | Literal["auto"] = ...,
+        long: Long = ...,
+        cache: EmbeddingCache | str | os.PathLike[str] | None = ...,
+        progress: bool = ...,
+    ) -> QuantizedVectors: ...
+
     def encode(
         self,
         texts: str | Iterable[str],
         *,
         prompt: str | None = None,
         dim: int | None = None,
+        quantize: Quantization | None = None,
         out: Literal["torch", "numpy"] = "torch",
         max_tokens: int | Literal["auto"] = "auto",
         long: Long = "truncate",
         cache: EmbeddingCache | str | os.PathLike[str] | None = None,
         progress: bool = False,
-    ) -> Tensor | np.ndarray:
+    ) -> Tensor | np.ndarray | QuantizedVectors:
         """Map texts to vectors in input order, without gradients.
 
         Equal texts are computed once. Batches hold as many rows as fit a budget of tokens, the
@@ -234,6 +256,10 @@ class Encoder(TokenModel):
                 model's default, if it has one.
             dim: Keep this many leading entries, before normalizing (for models trained so that
                 prefixes of their vectors are vectors).
+            quantize: ``"int8"`` or ``"binary"`` for :class:`QuantizedVectors` that take a quarter
+                or a 32nd of the memory, on the model's device; see :func:`quantize`. Their codes
+                are tensors (``codes.cpu().numpy()`` gives the array), so ``out`` stays
+                ``"torch"``. A cache keeps whole vectors and serves every ``quantize``.
             out: ``"torch"`` for a float32 tensor on the model's device, ``"numpy"`` for an array.
             max_tokens: Most tokens in a batch; ``"auto"`` is 768 on the CPU, 65,536 on CUDA in
                 half precision.
@@ -255,6 +281,67 @@ class Encoder(TokenModel):
         """
         check_max_tokens(max_tokens)
         check_options(out=out, long=long, dim=dim, size=self.dim)
+        if quantize not in (None, "int8", "binary"):
+            raise ValueError(f"quantize={quantize!r} is neither None, 'int8' nor 'binary'")
+        if quantize is not None and out == "numpy":
+            raise ValueError(
+                f"out='numpy' is given with quantize={quantize!r}; leave it out and take the"
+                " result's codes.cpu().numpy()"
+            )
+        vectors, where, cut = self._read(
+            texts,
+            prompt=prompt,
+            dim=dim,
+            max_tokens=max_tokens,
+            long=long,
+            cache=cache,
+            progress=progress,
+        )
+        if long == "truncate":
+            self._warn_cut(len(cut), f"{len(vectors)} different texts", _NOT_CUT)
+        repeats = len(vectors) != len(where)
+        if quantize is not None:
+            small = quantized(vectors, quantize)
+            small = small[where] if repeats else small
+            return small[0] if isinstance(texts, str) else small
+        if repeats:
+            vectors = vectors[torch.tensor(where, device=vectors.device)]
+        if isinstance(texts, str):
+            vectors = vectors[0]
+        return vectors.cpu().numpy() if out == "numpy" else vectors
+
+    def vectors_and_cuts(
+        self,
+        texts: Sequence[str],
+        *,
+        max_tokens: int | Literal["auto"],
+        long: Long,
+        cache: EmbeddingCache | str | os.PathLike[str] | None,
+        progress: bool,
+    ) -> tuple[Tensor, list[bool]]:
+        """Encode, and say of each text whether its end was left unread."""
+        check_max_tokens(max_tokens)
+        check_options(out="torch", long=long, dim=None, size=self.dim)
+        vectors, where, cut = self._read(
+            texts, max_tokens=max_tokens, long=long, cache=cache, progress=progress
+        )
+        left_out = cut if long == "truncate" else set[int]()
+        self._warn_cut(len(left_out), f"{len(vectors)} different texts", _NOT_CUT)
+        rows = torch.tensor(where, dtype=torch.int64, device=vectors.device)
+        return vectors[rows], [i in left_out for i in where]
+
+    def _read(
+        self,
+        texts: str | Iterable[str],
+        *,
+        max_tokens: int | Literal["auto"],
+        long: Long,
+        cache: EmbeddingCache | str | os.PathLike[str] | None,
+        progress: bool,
+        prompt: str | None = None,
+        dim: int | None = None,
+    ) -> tuple[Tensor, list[int], set[int]]:
+        """Vectors of the different texts, which of them each text has, and which were too long."""
         items, prefix = self._prepared(texts, prompt)
         unique: dict[str, int] = {}
         where = [unique.setdefault(prefix + text, len(unique)) for text in items]
@@ -262,16 +349,16 @@ class Encoder(TokenModel):
         shelf = None if cache is None else self._shelf(cache, long)
         # allocated outside inference mode, so that callers may train on it
         vectors = torch.empty(len(keys), self.dim, device=self.backbone.device)
-        left, cut = np.arange(len(keys)), 0
+        left, cut = np.arange(len(keys)), set[int]()
         if shelf is not None:
             left, known_to_be_cut = shelf.read(keys, vectors)
-            cut = len(known_to_be_cut)
+            cut.update(known_to_be_cut.tolist())
             if cut and long == "error":
                 raise self._too_long(where.index(int(known_to_be_cut[0])))
         todo = [keys[i] for i in left] if shelf is not None else keys
         with torch.inference_mode(), progress_bar(len(todo), shown=progress) as bar:
             for start, rows in tokenized_windows(todo, self.row_tokenizer, long=long):
-                cut += len(rows.too_long)
+                cut.update(left[start + np.array(rows.too_long, dtype=np.int64)].tolist())
                 if cut and long == "error":
                     raise self._too_long(where.index(int(left[start + rows.too_long[0]])))
                 pooled = torch.empty(len(rows.lengths), self.dim, device=vectors.device)
@@ -290,19 +377,13 @@ class Encoder(TokenModel):
                 else:
                     vectors[torch.from_numpy(here).to(vectors.device)] = found
         vectors = self._finish(vectors, dim)
-        if long == "truncate":
-            self._warn_cut(cut, f"{len(keys)} different texts", "; use long='mean' or long='error'")
         finite = vectors.isfinite().all(1)
         if not bool(finite.all()):
             index = where.index(int((~finite).nonzero()[0]))
             raise RuntimeError(
                 f"the vector of texts[{index}] is not finite; load the model with dtype='float32'"
             )
-        if len(unique) != len(items):
-            vectors = vectors[torch.tensor(where, device=vectors.device)]
-        if isinstance(texts, str):
-            vectors = vectors[0]
-        return vectors.cpu().numpy() if out == "numpy" else vectors
+        return vectors, where, cut
 
     @overload
     def token_embeddings(
@@ -419,7 +500,15 @@ class Encoder(TokenModel):
         )
 
     def _prepared(self, texts: str | Iterable[str], prompt: str | None) -> tuple[list[str], str]:
-        return self._texts(texts), self._prefix if prompt is None else prompt
+        if prompt is None:
+            return self._texts(texts), self._prefix
+        if not isinstance(prompt, str):
+            raise TypeError(f"prompt={prompt!r} is neither None nor a string")
+        if prompt in self.prompts:
+            raise ValueError(
+                f"prompt={prompt!r} is the name of a prompt; pass its text, .prompts[{prompt!r}]"
+            )
+        return self._texts(texts), prompt
 
     @property
     def _prefix(self) -> str:

@@ -3,7 +3,7 @@
 import copy
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal, cast, overload
 
@@ -14,7 +14,7 @@ from ._backbone import digest
 from ._cache import EmbeddingCache
 from ._contrastive import tune_on_pairs
 from ._encoder import Encoder
-from ._labels import Label, check_ranking, checked_names, ranked
+from ._labels import Label, check_top_k, checked_names, ranked
 from ._packing import PackedBatch
 from ._probe import fit_probe
 from ._saving import write_json
@@ -26,6 +26,23 @@ _VERSION = 1
 _HALF = (torch.float16, torch.bfloat16)
 
 
+def _label_of_each(labels: Iterable[str]) -> list[str]:
+    """Return the texts' labels as a list of names."""
+    if isinstance(labels, (str, bytes)):
+        raise TypeError(
+            f"labels={labels!r} is a single string; pass a list with the name of each text's label"
+        )
+    given = list(labels)
+    for index, label in enumerate(given):
+        if not isinstance(label, str):
+            raise TypeError(
+                f"labels[{index}] is {label!r} of type {type(label).__name__}, not a name; predict"
+                " gives back what is learnt here, so map numbers to names first, such as"
+                " [names[i] for i in labels]"
+            )
+    return given
+
+
 class FewShot(nn.Module):
     """A text classifier learnt from a few examples of each class, in seconds.
 
@@ -34,7 +51,8 @@ class FewShot(nn.Module):
     close together, which takes about a hundred training steps.
 
     Args:
-        encoder: The encoder; never changed.
+        encoder: An :class:`Encoder`, or what :meth:`Encoder.from_pretrained` takes, such as
+            ``"sentence-transformers/all-MiniLM-L6-v2"``; never changed.
         finetune: Whether :meth:`fit` trains a copy of the encoder first.
         seed: Seed of everything random in :meth:`fit`.
 
@@ -51,10 +69,22 @@ class FewShot(nn.Module):
         used, where SetFit encodes both texts of each drawn pair.
     """
 
-    def __init__(self, encoder: Encoder, *, finetune: bool = False, seed: int = 0) -> None:
+    def __init__(
+        self,
+        encoder: Encoder | str | os.PathLike[str],
+        *,
+        finetune: bool = False,
+        seed: int = 0,
+    ) -> None:
         super().__init__()
+        if isinstance(encoder, (str, os.PathLike)):
+            # steps in half precision are too coarse to fine-tune
+            encoder = Encoder.from_pretrained(encoder, dtype="float32" if finetune else "auto")
         if not isinstance(encoder, Encoder):
-            raise TypeError(f"encoder is a {type(encoder).__name__}, not a torsh_text.Encoder")
+            raise TypeError(
+                f"encoder is a {type(encoder).__name__}; pass an Encoder, or the hub id or folder"
+                " of one"
+            )
         self.encoder = encoder
         self.head: nn.Linear | None = None
         self.labels: list[str] = []
@@ -68,13 +98,13 @@ class FewShot(nn.Module):
     def fit(
         self,
         texts: Iterable[str],
-        labels: Sequence[str],
+        labels: Iterable[str],
         *,
         c: float | Literal["auto"] = "auto",
         class_weight: Literal["balanced"] | None = "balanced",
-        steps: int = 100,
-        batch_size: int = 32,
-        lr: float = 5e-5,
+        steps: int | None = None,
+        batch_size: int | None = None,
+        lr: float | None = None,
         long: Long = "truncate",
         cache: EmbeddingCache | str | os.PathLike[str] | None = None,
         progress: bool = False,
@@ -83,15 +113,17 @@ class FewShot(nn.Module):
 
         Args:
             texts: The texts.
-            labels: Label of each text; two or more different ones.
+            labels: Name of each text's label; two or more different ones.
             c: Inverse strength of the probe's L2 penalty, as in scikit-learn; ``"auto"`` chooses
                 it by cross-validation on the log loss, among 0.1 to 1,000 over the vectors' mean
                 squared length; it is 10 if a label has a single text or with ``finetune``, where
                 held-out texts would have shaped the vectors.
             class_weight: ``"balanced"`` makes all labels count alike however many texts they have.
-            steps: Most fine-tuning steps; they end early when the pairs fit.
-            batch_size: Texts encoded in each fine-tuning step; all their pairs are compared.
-            lr: Largest learning rate of the fine-tuning.
+            steps: Most fine-tuning steps, which end early when the pairs fit; None for 100. This
+                and the next two are refused without ``finetune``.
+            batch_size: Texts encoded in each fine-tuning step, of which all pairs are compared;
+                None for 32.
+            lr: Largest learning rate of the fine-tuning; None for 5e-5.
             long: As for :meth:`Encoder.encode`; fine-tuning always cuts.
             cache: As for :meth:`Encoder.encode`.
             progress: Show a progress bar.
@@ -100,17 +132,20 @@ class FewShot(nn.Module):
             Itself.
 
         Raises:
-            TypeError: If an item is not a string.
-            ValueError: If labels and texts do not fit together, or there are too few.
+            TypeError: If a text or label is not a string, or all labels are one string.
+            ValueError: If labels and texts do not fit together, there are too few, or an option
+                does not fit.
             RuntimeError: If the encoder is in training mode.
         """
-        items, given = checked_texts(texts), list(labels)
-        if isinstance(labels, (str, bytes)) or len(given) != len(items):
+        items, given = checked_texts(texts), _label_of_each(labels)
+        if len(given) != len(items):
             raise ValueError(f"there are {len(items)} texts and {len(given)} labels; give as many")
-        for index, label in enumerate(given):
-            if not isinstance(label, str):
-                raise TypeError(
-                    f"labels[{index}] is {label!r} of type {type(label).__name__}, not a string"
+        tuning = {"steps": steps, "batch_size": batch_size, "lr": lr}
+        for name, value in tuning.items():
+            if value is not None and self._given is None:
+                raise ValueError(
+                    f"{name}={value} is for fine-tuning; make FewShot(encoder, finetune=True), or"
+                    " leave it out"
                 )
         if c != "auto" and not (isinstance(c, (int, float)) and c > 0):
             raise ValueError(f"c={c!r} is neither 'auto' nor a positive number")
@@ -120,7 +155,15 @@ class FewShot(nn.Module):
         places = {name: index for index, name in enumerate(names)}
         y = torch.tensor([places[label] for label in given])
         if self._given is not None:
-            self._finetune(items, names, y, steps, batch_size, lr, progress)
+            self._finetune(
+                items,
+                names,
+                y,
+                steps=100 if steps is None else steps,
+                rows=32 if batch_size is None else batch_size,
+                lr=5e-5 if lr is None else lr,
+                progress=progress,
+            )
             # these texts shaped the vectors, so holding some of them out would say nothing
             c = 10.0 if c == "auto" else c
         vectors = self.encoder.encode(items, long=long, cache=cache, progress=progress)
@@ -192,15 +235,10 @@ class FewShot(nn.Module):
             For each text a :class:`Label` or a list of them; for one text, what it has.
         """
         self._fitted()
-        check_ranking(top_k=top_k, threshold=0, count=len(self.labels))
-        scores = self.scores(
-            [texts] if isinstance(texts, str) else texts,
-            long=long,
-            max_tokens=max_tokens,
-            cache=cache,
-            progress=progress,
-        )
-        found = ranked(scores, self.labels, top_k=top_k, several=False, threshold=0)
+        check_top_k(top_k, len(self.labels))
+        items = [texts] if isinstance(texts, str) else checked_texts(texts)
+        scores, truncated = self._scored(items, long, max_tokens, cache, progress)
+        found = ranked(scores, self.labels, top_k=top_k, several=False, truncated=truncated)
         return found[0] if isinstance(texts, str) else found
 
     def scores(
@@ -222,20 +260,33 @@ class FewShot(nn.Module):
         Raises:
             RuntimeError: If there was no :meth:`fit`, or a score is not finite.
         """
+        items = [texts] if isinstance(texts, str) else checked_texts(texts)
+        scores, _ = self._scored(items, long, max_tokens, cache, progress)
+        return scores[0] if isinstance(texts, str) else scores
+
+    def _scored(
+        self,
+        texts: list[str],
+        long: Long,
+        max_tokens: int | Literal["auto"],
+        cache: EmbeddingCache | str | os.PathLike[str] | None,
+        progress: bool,
+    ) -> tuple[Tensor, list[bool]]:
+        """Scores ``(texts, labels)``, and whether each text was cut."""
         head = self._fitted()
-        vectors = self.encoder.encode(
+        vectors, cut = self.encoder.vectors_and_cuts(
             texts, long=long, max_tokens=max_tokens, cache=cache, progress=progress
         )
         with torch.no_grad():
             scores = head(vectors).softmax(-1)
-        finite = scores.reshape(-1, len(self.labels)).isfinite().all(1)
+        finite = scores.isfinite().all(1)
         if not bool(finite.all()):
             index = int((~finite).nonzero()[0])
             raise RuntimeError(
                 f"a score of texts[{index}] is not finite; check the head's weights, or load the"
                 " encoder with dtype='float32' and fit again"
             )
-        return scores
+        return scores, cut
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write a folder with the encoder, the head and the labels, that :meth:`load` reads."""
@@ -297,6 +348,7 @@ class FewShot(nn.Module):
         items: list[str],
         names: list[str],
         y: Tensor,
+        *,
         steps: int,
         rows: int,
         lr: float,

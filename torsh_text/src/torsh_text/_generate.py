@@ -121,7 +121,7 @@ class Generator(nn.Module):
             ValueError: If it cannot write, or lacks weights.
             ImportError: If a GGUF file is asked for without the extra ``gguf``.
         """
-        place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        place = _backbone.resolve_device(device)
         model, tokenizer = load_generator(
             name,
             dtype=_backbone.resolve_dtype(dtype, place),

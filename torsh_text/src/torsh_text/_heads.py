@@ -23,6 +23,14 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
+class MissingHeadError(ValueError):
+    """Weights without the head that was asked for; ``lack`` says it without the remedy."""
+
+    def __init__(self, lack: str, remedy: str) -> None:
+        super().__init__(f"{lack}. {remedy}")
+        self.lack = lack
+
+
 @dataclass(frozen=True)
 class Head:
     """How a classifier of transformers comes from token states to logits.
@@ -155,6 +163,19 @@ def _renew_head(model: "PreTrainedModel") -> None:
                     reset()
 
 
+_LABELLED = {"Classifier": "whole texts", "Tagger": "each token"}
+
+
+def _other_head(config: Any, auto: Any) -> str | None:
+    """Return the class whose weights these are, if it has a head of another kind than ``auto``."""
+    kinds = ("ForSequenceClassification", "ForTokenClassification")
+    wanted = auto.__name__.removeprefix("AutoModel")
+    for name in config.architectures or ():
+        if name.endswith(kinds) and not name.endswith(wanted):
+            return name
+    return None
+
+
 def load_headed(
     auto: Any,
     folder: Path,
@@ -166,8 +187,8 @@ def load_headed(
 ) -> "tuple[PreTrainedModel, bool]":
     """Load a transformer and its head on the CPU, in eval mode; with ``labels``, maybe a new head.
 
-    The head that the weights hold is kept if it has as many labels and these names, or only
-    placeholders (``LABEL_0``).
+    The head that the weights hold is kept if it is of this kind and has as many labels and these
+    names, or only placeholders (``LABEL_0``).
 
     Args:
         auto: Class of transformers that loads it, such as ``AutoModelForTokenClassification``.
@@ -181,17 +202,26 @@ def load_headed(
         The model, and whether its head is new.
 
     Raises:
-        ValueError: If weights are missing, or there is no head and ``labels`` is None.
+        ValueError: If weights are missing.
+        MissingHeadError: If there is no head, or one of another kind, and ``labels`` is None.
     """
     from transformers import AutoConfig
 
     config: Any = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    other = _other_head(config, auto)
+    if other is not None and labels is None:
+        owner = "Tagger" if other.endswith("ForTokenClassification") else "Classifier"
+        raise MissingHeadError(
+            f"{folder} holds a {other}, which labels {_LABELLED[owner]}",
+            f"Load it with {owner}.from_pretrained, or pass labels=[...] to train a new head on its"
+            " transformer",
+        )
     kept = True
     old: list[str] = []
     if labels is not None:
         old = [str(config.id2label[i]) for i in range(config.num_labels)]
         unnamed = old == [f"LABEL_{i}" for i in range(len(labels))]
-        kept = unnamed or old == list(labels)
+        kept = other is None and (unnamed or old == list(labels))
         config.id2label = dict(enumerate(labels))
         config.label2id = {name: index for index, name in enumerate(labels)}
     # without reports: what is missing is said below, or shall be new
@@ -206,20 +236,21 @@ def load_headed(
             output_loading_info=True,
         )
         missing = sorted(report["missing_keys"])
-        if not kept and not missing:
+        if not kept and (other is not None or not missing):
             _renew_head(model)
     inside = f"{model.base_model_prefix}."
     mismatched = [key for key, *_ in report["mismatched_keys"]]
     lost = [key for key in (*missing, *mismatched) if key.startswith(inside)]
     lost = [key for key in lost if "pooler." not in key]
     if lost or (missing and labels is None):
-        first = (lost or missing)[0]
-        remedy = "Save it with its weights" if lost else "Pass labels=[...] to train a new head"
-        raise ValueError(
+        lack = (
             f"the weights in {folder} lack {len(lost or missing)} tensors of"
-            f" {type(model).__name__} (first: {first!r}); they would be random. {remedy}"
+            f" {type(model).__name__} (first: {(lost or missing)[0]!r}); they would be random"
         )
-    if not kept and not missing:
+        if lost:
+            raise ValueError(f"{lack}. Save it with its weights")
+        raise MissingHeadError(lack, "Pass labels=[...] to train a new head")
+    if not kept and not missing and other is None:
         warnings.warn(
             f"{folder} has a head for {old}; for labels={list(labels or ())} it got a new one, to"
             " be trained. Leave labels out to use the head that is there",

@@ -7,7 +7,7 @@ from html import escape
 from pathlib import Path
 from typing import cast
 
-from ._tagging import Entity
+from ._entities import Entity
 from ._writing import write_bytes
 
 _GOLDEN = 0.618034  # hues this far apart stay apart, however many there are
@@ -46,6 +46,28 @@ def _checked(text: str, entities: Sequence[Entity]) -> list[Entity]:
     return ordered
 
 
+def _of_each(
+    text: str | Sequence[str], entities: Sequence[Entity] | Sequence[Sequence[Entity]]
+) -> tuple[list[str], list[Sequence[Entity]]]:
+    """Return texts and the entities of each, refusing what is nested otherwise."""
+    one = isinstance(text, str)
+    texts = [text] if isinstance(text, str) else list(text)
+    found = [cast("Sequence[Entity]", entities)] if one else list(entities)
+    for index, some in enumerate(found):
+        kinds = {type(entity) for entity in some} if isinstance(some, Sequence) else {type(some)}
+        if not isinstance(some, Sequence) or not kinds <= {Entity}:
+            name = "entities" if one else f"entities[{index}]"
+            wanted = "a list of Entity, as text is one string" if one else "a list of Entity"
+            raise TypeError(
+                f"{name} holds {', '.join(sorted(kind.__name__ for kind in kinds))}, where it"
+                f" should be {wanted}; for several texts pass a list of texts and a list of"
+                " entities for each"
+            )
+    if len(texts) != len(found):
+        raise ValueError(f"{len(texts)} texts and entities of {len(found)}; pass those of each")
+    return texts, cast("list[Sequence[Entity]]", found)
+
+
 def _marked(text: str, entities: Sequence[Entity], numbers: dict[str, int]) -> str:
     parts = []
     end = 0
@@ -81,6 +103,7 @@ def highlight(
         The page.
 
     Raises:
+        TypeError: If ``entities`` is not nested as ``text`` is.
         ValueError: If an entity is not in its text or overlaps another.
 
     Example:
@@ -90,12 +113,7 @@ def highlight(
         >>> page[page.rindex("<mark class") :].splitlines()[0]
         '<mark class="l0" title="PER 0.99">Ada<small>PER</small></mark> &amp; Bob</div>'
     """
-    if isinstance(text, str):
-        texts, found = [text], [cast("Sequence[Entity]", entities)]
-    else:
-        texts, found = list(text), list(cast("Sequence[Sequence[Entity]]", entities))
-    if len(texts) != len(found):
-        raise ValueError(f"{len(texts)} texts and entities of {len(found)}; pass those of each")
+    texts, found = _of_each(text, entities)
     counts: dict[str, int] = {}
     for entity in (entity for some in found for entity in some):
         counts[entity.label] = counts.get(entity.label, 0) + 1

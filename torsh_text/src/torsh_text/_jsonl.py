@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import sys
+import threading
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -52,12 +53,26 @@ def read_texts(file: Path, field: str) -> Texts:
         field: Field of the objects that holds the text.
 
     Raises:
-        ValueError: If there is no text, or a line is no object with that field.
+        FileNotFoundError: If there is no such file.
+        OSError: If it is a folder or cannot be read.
+        ValueError: If there is no text, or a line is no object with that field, or a field is
+            named for a file that has none.
     """
+    if field != "text" and file.suffix != ".jsonl":
+        raise ValueError(
+            f"field={field!r} is for .jsonl files, {str(file)!r} is read line by line; leave it out"
+        )
     if str(file) == "-":
         return _parsed(sys.stdin, file, field)
-    with file.open(encoding="utf-8", errors="surrogateescape", newline="\n") as source:
-        return _parsed(source, file, field)
+    try:
+        with file.open(encoding="utf-8", errors="surrogateescape", newline="\n") as source:
+            return _parsed(source, file, field)
+    except FileNotFoundError:
+        raise FileNotFoundError(f"no file {str(file)!r}") from None
+    except IsADirectoryError:
+        raise IsADirectoryError(f"{str(file)!r} is a folder; name a file of texts") from None
+    except OSError as error:
+        raise OSError(f"cannot read {str(file)!r}: {error.strerror}") from error
 
 
 def _parsed(source: Iterable[str], file: Path, field: str) -> Texts:
@@ -71,18 +86,34 @@ def _parsed(source: Iterable[str], file: Path, field: str) -> Texts:
         text: Any = line.rstrip("\r\n")
         if file.suffix == ".jsonl":
             try:
-                text = json.loads(line)[field]
-            except (json.JSONDecodeError, KeyError, TypeError):
-                text = None
-            if not isinstance(text, str):
-                raise ValueError(
-                    f"{file}:{number} is no JSON object with a field {field!r} that is a string"
-                )
+                text = _text_of(line, field)
+            except ValueError as error:
+                raise ValueError(f"{file}:{number} {error}") from None
         texts.append(text)
         lines.append(number)
     if not texts:
         raise ValueError(f"{file} holds no text")
     return Texts(texts, lines)
+
+
+def _text_of(line: str, field: str) -> str:
+    """Text in one line of a ``.jsonl`` file; the error says what is there instead."""
+    try:
+        found = json.loads(line)
+    except ValueError:
+        raise ValueError("is no JSON") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"is no JSON object with a field {field!r}")
+    if field not in found:
+        raise ValueError(
+            f"has no field {field!r} but {', '.join(map(repr, found)) or 'none at all'}; name the"
+            " one that holds the text with --field"
+        )
+    if not isinstance(found[field], str):
+        raise ValueError(
+            f"holds no string in the field {field!r}; name the one that holds the text with --field"
+        )
+    return found[field]
 
 
 def why_no_text(text: str) -> str | None:
@@ -101,8 +132,16 @@ def check_out(
 
     Raises:
         FileExistsError: If ``out`` is there already and may not be replaced.
+        FileNotFoundError: If its folder is not there.
+        IsADirectoryError: If it is a folder.
         ValueError: If it is the file of the texts.
     """
+    if not out.parent.is_dir():
+        raise FileNotFoundError(
+            f"{option}={str(out)!r}: there is no folder {str(out.parent)!r}; make it first"
+        )
+    if out.is_dir():
+        raise IsADirectoryError(f"{option}={str(out)!r} is a folder; name a file in it")
     if not out.exists():
         return
     if not overwrite:
@@ -166,7 +205,7 @@ def write_records(
         try:
             check_out(out, overwrite=overwrite)
             before = _resumed(file, header, partial, overwrite=overwrite)
-            with progress_bar(len(source.texts), shown=progress) as bar:
+            with living_bar(len(source.texts), shown=progress) as bar:
                 bar.update(before)
                 for records, lines in in_windows(source, work, window, start=before):
                     for record, line in zip(records, lines, strict=True):
@@ -181,6 +220,27 @@ def write_records(
                 partial.unlink(missing_ok=True)
         partial.unlink()
     return Written(before, refused)
+
+
+@contextmanager
+def living_bar(total: int, *, shown: bool) -> Generator[Any]:
+    """A progress bar whose clock goes on while a model loads or a window is computed."""
+    done = threading.Event()
+
+    def tick() -> None:
+        while not done.wait(1.0):
+            bar.refresh()
+
+    clock = threading.Thread(target=tick, daemon=True)
+    with progress_bar(total, shown=shown) as bar:
+        if shown:
+            clock.start()
+        try:
+            yield bar
+        finally:
+            done.set()
+            if shown:
+                clock.join()
 
 
 def in_windows(
@@ -234,13 +294,24 @@ def _resumed(file: BinaryIO, header: bytes, partial: Path, *, overwrite: bool) -
             return len(whole)
         if not overwrite:
             raise ValueError(
-                f"{partial} was left by another command or other texts; finish that one, or add"
-                " --overwrite to start anew"
+                f"{partial} was left by another command or other texts{_changed(file, header)};"
+                " finish that one, or add --overwrite to start anew"
             )
     file.truncate(0)
     file.write(header)
     _to_disk(file)
     return 0
+
+
+def _changed(file: BinaryIO, header: bytes) -> str:
+    """Say which settings of an unfinished file are not those of this run."""
+    file.seek(0)
+    try:
+        then, now = json.loads(file.readline()), json.loads(header)
+        names = [name for name in {**then, **now} if then.get(name) != now.get(name)]
+    except (ValueError, TypeError, AttributeError):  # not a file of ours
+        return ""
+    return f" (changed: {', '.join(names)})"
 
 
 def _to_disk(file: BinaryIO) -> None:

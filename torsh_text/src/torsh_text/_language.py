@@ -11,12 +11,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ._backbone import resolve_device
 from ._fasttext import FastText
 from ._fasttext_file import FastTextModel, read_fasttext
 from ._fasttext_saving import load_fasttext, save_fasttext
 from ._labels import check_top_k
-from ._language_names import NAMES
+from ._language_names import NAMES, meant_code
 from ._language_spans import best_path, units
+from ._sentences import split_sentences
+from ._tokenizing import check_unicode, checked_texts
 
 _WINDOW_TEXTS = {"cpu": 2048, "cuda": 65_536}
 _WINDOW_CHARS = {"cpu": 1 << 17, "cuda": 1 << 22}
@@ -26,6 +29,7 @@ _MOST_EVIDENCE = 12.0  # nats: a word cannot rule a language out for a whole sen
 # texts of 21 languages: 0.946, 0.947 and 0.774 of the characters right for 0, 0.5 and 1 among 176
 # languages, 0.949, 0.958 and 0.951 among the 21.
 _PRIOR_SHARE = 0.5
+_SENTENCE_SHARE = 0.5  # of the penalty for a change of language, where a sentence begins
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,8 +147,10 @@ class LanguageDetector(nn.Module):
         index = {code: i for i, code in enumerate(model.labels)}
         for code in chosen:
             if code not in index:
+                meant = meant_code(code, index)
+                hint = f" (did you mean {meant!r}?)" if meant else ""
                 known = ", ".join(sorted(index))
-                raise ValueError(f"{code!r} in languages is none of the model's: {known}")
+                raise ValueError(f"{code!r} in languages is none of the model's{hint}: {known}")
         self.languages = chosen
         self._restricted = languages is not None
         columns = torch.tensor([index[code] for code in chosen])
@@ -190,7 +196,7 @@ class LanguageDetector(nn.Module):
         languages: Sequence[str] | None,
         device: torch.device | str | None,
     ) -> Self:
-        place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        place = resolve_device(device)
         return cls(FastText(model), languages).eval().to(place)
 
     def save(self, path: str | Path) -> None:
@@ -216,10 +222,7 @@ class LanguageDetector(nn.Module):
             TypeError: If ``texts`` is a string or an item is none.
             ValueError: If an item is no Unicode text.
         """
-        if isinstance(texts, str):
-            raise TypeError("texts is a single string; pass a list of strings")
-        for index, text in enumerate(texts):
-            _check_text(text, index)
+        texts = checked_texts(texts, unicode=True)
         return self._packed(texts, texts)
 
     def _packed(
@@ -231,15 +234,8 @@ class LanguageDetector(nn.Module):
         try:
             stream = self.model.subwords.stream(texts)
         except UnicodeEncodeError:
-            for index, text in enumerate(window):
-                try:
-                    text.encode()
-                except UnicodeEncodeError as error:
-                    raise ValueError(
-                        f"texts[{first + index}] holds a lone surrogate at character"
-                        f" {error.start}, which is no Unicode text; decode the source with"
-                        " errors='replace'"
-                    ) from None
+            for index, text in enumerate(window, first):
+                check_unicode(text, index)
             raise
         ids, offsets = self.model.subwords(stream.to(self.device))
         return ids, offsets
@@ -344,17 +340,25 @@ class LanguageDetector(nn.Module):
         """Split a text of several languages into parts of one language each.
 
         Every word (or up to six characters of Chinese, Japanese or Korean) is scored alone, half
-        of the model's bias for an empty text taken off. Then the sequence of languages with the
-        best total is taken, where a change of language costs ``switch_penalty``. One foreign word
-        among others stays with its neighbours unless its script gives it away. Words without
-        letters say nothing and go with their neighbours.
+        of the model's bias for an empty text taken off, and every sentence
+        (:func:`split_sentences`) is scored as a whole, its score spread over its words. Then the
+        sequence of languages with the best total is taken, where a change of language costs
+        ``switch_penalty``, or half of it where a sentence begins. One foreign word among others
+        stays with its neighbours unless its script gives it away. Words without letters say
+        nothing and go with their neighbours.
+
+        Measured among 176 languages on Tatoeba sentences of 21: of 200 joined pairs of two
+        languages 184 came out as just these two, with 98 % of the characters right (173 and 94 %
+        of pairs of up to 30 characters each in Latin letters); 3 of 200 single sentences and 11
+        of 200 pairs of one language were split.
 
         Each part is then scored as a text of its own, without regard to its neighbours: a part
         of a word or two has a small score when it could be of several languages.
 
         Args:
             text: The text; line ends are spaces.
-            switch_penalty: In nats, 0 or more; a word counts for at most 12.
+            switch_penalty: In nats, 0 or more; a word counts for at most 12, and so does a whole
+                sentence.
             min_score: Parts below this probability get the code ``"und"``.
 
         Returns:
@@ -381,26 +385,40 @@ class LanguageDetector(nn.Module):
         _check_score(min_score)
         places = units(text)
         words = [text[start:end] for start, end in places]
-        spelled = [i for i, word in enumerate(words) if _has_letters(word)]
-        if not spelled:
+        if not any(map(_has_letters, words)):
             return []
-        scores = torch.zeros(len(words), len(self.languages))
-        for start in range(0, len(spelled), _WINDOW_TEXTS["cpu"]):
-            rows = spelled[start : start + _WINDOW_TEXTS["cpu"]]
-            found_scores = self._scores([*(words[i] for i in rows), ""], [text]).float().cpu()
-            evidence = found_scores[:-1] - _PRIOR_SHARE * found_scores[-1]
-            scores[rows] = evidence - evidence.amax(1, keepdim=True)
-        path = best_path(scores.clamp_min_(-_MOST_EVIDENCE).numpy(), switch_penalty)
+        scores = self._evidence(words, text, _PRIOR_SHARE)
+        sentences = split_sentences(text)
+        # a sentence may begin within what we take for one word
+        first = np.searchsorted([end for _, end in places], [s.start for s in sentences], "right")
+        first, kept = np.unique(first, return_index=True)
+        own = self._evidence([sentences[i].text for i in kept], text, 0.0)
+        sizes = np.diff(first, append=len(words))
+        scores += np.repeat(own / sizes[:, np.newaxis], sizes, axis=0)
+        penalties = np.full(len(words), float(switch_penalty))
+        penalties[first] *= _SENTENCE_SHARE
+        path = best_path(scores, penalties)
         cuts = [0, *(np.flatnonzero(np.diff(path)) + 1).tolist(), len(path)]
         columns = [int(path[cut]) for cut in cuts[:-1]]
         bounds = [(places[a][0], places[b - 1][1]) for a, b in pairwise(cuts)]
-        own = self._scores([text[start:end] for start, end in bounds], [text]).exp()
+        spans = self._scores([text[start:end] for start, end in bounds], [text]).exp()
         found = []
         for row, ((start, end), column) in enumerate(zip(bounds, columns, strict=True)):
-            score = min(1.0, float(own[row, column]))
+            score = min(1.0, float(spans[row, column]))
             code = self.languages[column] if score >= min_score else UNKNOWN.code
             found.append(LanguageSpan(text[start:end], code, start, end, score))
         return found
+
+    def _evidence(self, parts: Sequence[str], text: str, prior_share: float) -> np.ndarray:
+        """What each part of a text says, in nats below its likeliest language; 0 if nothing."""
+        evidence = torch.zeros(len(parts), len(self.languages))
+        spelled = [i for i, part in enumerate(parts) if _has_letters(part)]
+        for start in range(0, len(spelled), _WINDOW_TEXTS["cpu"]):
+            rows = spelled[start : start + _WINDOW_TEXTS["cpu"]]
+            scores = self._scores([*(parts[i] for i in rows), ""], [text]).float().cpu()
+            likely = scores[:-1] - prior_share * scores[-1]
+            evidence[rows] = likely - likely.amax(1, keepdim=True)
+        return evidence.clamp_min_(-_MOST_EVIDENCE).numpy()
 
     @torch.inference_mode()
     def _scores(self, texts: Sequence[str], window: Sequence[str], first: int = 0) -> Tensor:

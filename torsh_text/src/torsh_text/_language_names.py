@@ -1,5 +1,7 @@
 """English names of the languages of lid.176."""
 
+from collections.abc import Collection
+
 _NAMES = """
 af Afrikaans|als Alemannic|am Amharic|an Aragonese|ar Arabic|arz Egyptian Arabic|as Assamese
 ast Asturian|av Avaric|az Azerbaijani|azb South Azerbaijani|ba Bashkir|bar Bavarian
@@ -32,3 +34,16 @@ NAMES: dict[str, str] = {
     for line in _NAMES.strip().splitlines()
     for code, _, name in (entry.partition(" ") for entry in line.split("|"))
 }
+
+
+def meant_code(name: str, codes: Collection[str]) -> str | None:
+    """Return the code that somebody means who writes a name or another form of the code.
+
+    Example:
+        >>> meant_code("German", NAMES), meant_code("pt-BR", NAMES), meant_code("x", NAMES)
+        ('de', 'pt', None)
+    """
+    folded = name.casefold()
+    by_name = {spoken.casefold(): code for code, spoken in NAMES.items()}
+    meant = by_name.get(folded, folded.replace("_", "-").partition("-")[0])
+    return meant if meant in codes else None

@@ -22,20 +22,21 @@ def units(text: str) -> list[tuple[int, int]]:
     return [found.span() for found in _UNIT.finditer(text)]
 
 
-def best_path(scores: np.ndarray, switch_penalty: float) -> np.ndarray:
+def best_path(scores: np.ndarray, penalties: np.ndarray) -> np.ndarray:
     """Return the label of each step with the largest sum of scores less penalties.
 
-    Viterbi's algorithm where each change of label costs the same, so a step looks at the best
-    label only: time is steps times labels.
+    Viterbi's algorithm where a step costs the same for every change of label, so it looks at the
+    best label only: time is steps times labels.
 
     Args:
         scores: ``(steps, labels)``, at least one step.
-        switch_penalty: What a change of label costs, in the unit of ``scores``.
+        penalties: What a change of label at each step costs, in the unit of ``scores``
+            ``(steps,)``; the first is not read.
 
     Example:
-        >>> best_path(np.log([[0.9, 0.1], [0.4, 0.6], [0.9, 0.1]]), 1.0)
+        >>> best_path(np.log([[0.9, 0.1], [0.4, 0.6], [0.9, 0.1]]), np.full(3, 1.0))
         array([0, 0, 0])
-        >>> best_path(np.log([[0.9, 0.1], [0.4, 0.6], [0.9, 0.1]]), 0.1)
+        >>> best_path(np.log([[0.9, 0.1], [0.4, 0.6], [0.9, 0.1]]), np.full(3, 0.1))
         array([0, 1, 0])
     """
     steps, labels = scores.shape
@@ -44,7 +45,7 @@ def best_path(scores: np.ndarray, switch_penalty: float) -> np.ndarray:
     total = scores[0]
     for step in range(1, steps):
         best = int(total.argmax())
-        jump = total[best] - switch_penalty
+        jump = total[best] - penalties[step]
         kept = total >= jump
         origin[step] = np.where(kept, stay, best)
         total = np.where(kept, total, jump) + scores[step]

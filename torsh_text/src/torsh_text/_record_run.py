@@ -1,7 +1,8 @@
 """What commands that look at each text share: refused texts, models seen before, records out."""
 
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cache
 from hashlib import blake2b
 from json import dumps
@@ -10,9 +11,16 @@ from typing import Any
 
 from torch import OutOfMemoryError
 
-from ._jsonl import Texts, check_out, in_windows, read_texts, why_no_text, write_records
+from ._jsonl import (
+    Texts,
+    check_out,
+    in_windows,
+    living_bar,
+    read_texts,
+    why_no_text,
+    write_records,
+)
 from ._printing import print_line, print_table
-from ._runtime import progress_bar
 
 WINDOW = 1024  # texts between two writes where a text costs milliseconds
 _MODEL_FILES = {".json", ".txt", ".model", ".jinja", ".safetensors", ".bin", ".gguf", ".ftz"}
@@ -22,7 +30,14 @@ Work = Callable[[Sequence[str]], list[Record]]
 
 
 def origin(model: str | Path) -> Record | str:
-    """Name a model, and if it is on this disk what changes when its files do."""
+    """Name a model and what changes when it does: the state of its files, or its commit.
+
+    A model of the hub is looked up, and fetched if this machine has it not: only then its commit
+    is known. Without a network the one in the local cache counts.
+
+    Raises:
+        FileNotFoundError: If a model of the hub is not to be had.
+    """
     path = Path(model)
     files = [path] if path.is_file() else sorted(path.rglob("*"))
     seen = [
@@ -31,8 +46,15 @@ def origin(model: str | Path) -> Record | str:
         if file.suffix in _MODEL_FILES and file.is_file()
     ]
     if not seen:
-        return str(model)
+        return str(model) if isinstance(model, Path) else _of_hub(model)
     return {"name": str(model), "files": blake2b(repr(seen).encode(), digest_size=16).hexdigest()}
+
+
+def _of_hub(model: str) -> Record:
+    from ._backbone import find_model
+
+    folder = find_model(model, revision=None, local_files_only=False, trust_remote_code=False)
+    return {"name": model, "commit": folder.name}
 
 
 def run(
@@ -45,11 +67,13 @@ def run(
     json: bool,
     settings: Record,
     show: Callable[[Record], str],
+    models: Mapping[str, str | Path | None] | None = None,
     window: int = WINDOW,
 ) -> None:
     """Read texts, let ``load()`` work on them, and write or print a record for each.
 
-    A text that is refused gets a record with the field ``error``.
+    A text that is refused gets a record with the field ``error``. An unfinished file goes on only
+    with the same ``settings`` and the same ``models``, by their :func:`origin`.
 
     Raises:
         SystemExit: At the end, if a text was refused.
@@ -58,11 +82,12 @@ def run(
         check_out(out, overwrite=overwrite, source=file)
     source = read_texts(file, field)
     if out is not None:
+        origins = {name: model and origin(model) for name, model in (models or {}).items()}
         written = write_records(
             source,
             _patient(load),
             out,
-            settings=settings,
+            settings={**settings, **origins},
             window=window,
             overwrite=overwrite,
             progress=sys.stderr.isatty(),
@@ -85,11 +110,24 @@ def run(
 def records_of(source: Texts, load: Callable[[], Work], window: int = WINDOW) -> list[Record]:
     """Work on all texts, with a progress bar."""
     records: list[Record] = []
-    with progress_bar(len(source.texts), shown=sys.stderr.isatty()) as bar:
+    with living_bar(len(source.texts), shown=sys.stderr.isatty()) as bar:
         for found, _ in in_windows(source, _patient(load), window):
             records += map(dict, found)
             bar.update(len(found))
     return records
+
+
+@contextmanager
+def has_head(model: str, instead: str) -> Generator[None]:
+    """Say what a command takes, where the loader would have labels to train a new head."""
+    from ._heads import MissingHeadError
+
+    try:
+        yield
+    except MissingHeadError as error:
+        raise ValueError(
+            f"{model!r} has no trained head for this: {error.lack}; give {instead}"
+        ) from error
 
 
 def _report_refused(refused: int, total: int) -> None:

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Sampler
 
+from ._classify import Classifier
+from ._labels import number_of
 from ._packing import plan_batches
 from ._token_model import TokenModel
 
@@ -176,22 +178,27 @@ class Collator:
     warning where texts beyond ``max_length`` are cut. Holds the tokenizer only, so workers of a
     ``DataLoader`` do not copy the model.
 
+    A label is a number, a tensor or list of numbers, or the name of one of a classifier's labels.
+
     Args:
-        model: Encoder, classifier or other model of this package.
+        model: Encoder or classifier. A tagger's sentences are made into batches by
+            :meth:`Tagger.collate`.
         packed: Give a :class:`torsh_text.PackedBatch`; otherwise a padded dictionary of tensors.
 
     Returns:
         For texts the batch; for ``(text, label)`` pairs the batch and a tensor of the labels.
 
     Raises:
-        TypeError: If an item is neither a string nor such a pair.
-        ValueError: If there are no items.
+        TypeError: If an item is neither a string nor such a pair, or labels make no tensor.
+        ValueError: If there are no items, or a label's name is none of the model's.
     """
 
     def __init__(self, model: TokenModel, *, packed: bool = True) -> None:
         self._pack = model.packer
         self._pad_id = model.pad_id
         self._packed = packed
+        names = model.labels if isinstance(model, Classifier) else []
+        self._places = {name: number for number, name in enumerate(names)}
 
     def __call__(self, items: Sequence[Any]) -> Any:
         labelled = bool(items) and not isinstance(items[0], str)
@@ -205,6 +212,23 @@ class Collator:
             batch = batch.padded(self._pad_id)
         if not labelled:
             return batch
-        labels = [item[1] for item in items]
-        stacked = torch.stack(labels) if isinstance(labels[0], Tensor) else torch.tensor(labels)
-        return batch, stacked
+        return batch, self._stacked([item[1] for item in items])
+
+    def _stacked(self, labels: list[Any]) -> Tensor:
+        if isinstance(labels[0], Tensor):
+            return torch.stack(labels)
+        for index, label in enumerate(labels):
+            if isinstance(label, str) and not self._places:
+                raise TypeError(
+                    f"items[{index}] has the label {label!r}; names are for classifiers, which know"
+                    " them, so pass numbers"
+                )
+            if isinstance(label, str):
+                labels[index] = number_of(label, self._places, f"items[{index}] has")
+        try:
+            return torch.tensor(labels)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise TypeError(
+                f"labels such as {labels[0]!r} make no tensor ({error}); pass a name or number for"
+                " each text, or equally long lists of numbers"
+            ) from error

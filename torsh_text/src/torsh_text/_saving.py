@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from torch import nn
 
-from ._backbone import Dense
+from ._backbone import Dense, quiet_loading
 from ._writing import staged_folder, write_json
 
 if TYPE_CHECKING:
@@ -30,7 +30,8 @@ def write_model(
     from safetensors.torch import save_file
 
     with staged_folder(folder) as staging:
-        backbone.save_pretrained(staging)
+        with quiet_loading():
+            backbone.save_pretrained(staging)
         tokenizer.save_pretrained(staging)
         kind = "sentence_transformers.models."
         modules = [

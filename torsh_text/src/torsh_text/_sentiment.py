@@ -4,12 +4,13 @@ import os
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Literal, overload
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor, nn
 
 from ._classify import Classifier
+from ._heads import MissingHeadError
 from ._labels import Label
 from ._packing import PackedBatch
 from ._token_model import Attention
@@ -38,6 +39,7 @@ class SentimentLabel(Label):
         name: ``"negative"``, ``"neutral"`` or ``"positive"``.
         score: Its probability.
         index: 0, 1 or 2, in that order.
+        truncated: Whether the text was too long and its end was not read.
         signed: Expected valence from -1 (negative) to 1 (positive).
     """
 
@@ -88,6 +90,17 @@ def valences_of(labels: Iterable[str]) -> list[float]:
     return found
 
 
+def _load(name: str | os.PathLike[str], **options: Any) -> Classifier:
+    """Load a classifier that is trained already: labels for a new head would say nothing."""
+    try:
+        return Classifier.from_pretrained(name, **options)
+    except MissingHeadError as error:
+        raise ValueError(
+            f"{error.lack}. Use a model trained for sentiment, such as {DEFAULT!r}, or train one"
+            " with Classifier.from_pretrained(..., labels=['negative', 'positive']) and save it"
+        ) from error
+
+
 class Sentiment(nn.Module):
     """A classifier whose labels are read as negative, neutral and positive.
 
@@ -95,7 +108,9 @@ class Sentiment(nn.Module):
     so on; the signed score is the expected valence.
 
     Args:
-        classifier: A classifier with one label for each text.
+        classifier: A :class:`Classifier` with one label for each text, or what
+            :meth:`Classifier.from_pretrained` takes, such as
+            ``"cardiffnlp/twitter-roberta-base-sentiment-latest"``.
         valences: Valence from -1 to 1 of each label name; None reads them off the names (see
             :func:`valences_of` for the rules), which refuses what it cannot read.
 
@@ -105,9 +120,19 @@ class Sentiment(nn.Module):
     """
 
     def __init__(
-        self, classifier: Classifier, *, valences: Mapping[str, float] | None = None
+        self,
+        classifier: Classifier | str | os.PathLike[str],
+        *,
+        valences: Mapping[str, float] | None = None,
     ) -> None:
         super().__init__()
+        if isinstance(classifier, (str, os.PathLike)):
+            classifier = _load(classifier)
+        if not isinstance(classifier, Classifier):
+            raise TypeError(
+                f"classifier is a {type(classifier).__name__}; pass a Classifier, or the hub id or"
+                " folder of one"
+            )
         names = classifier.labels
         if valences is None:
             found = valences_of(names)
@@ -153,8 +178,12 @@ class Sentiment(nn.Module):
             revision: As there.
             local_files_only: As there.
             trust_remote_code: As there.
+
+        Raises:
+            FileNotFoundError: As there.
+            ValueError: If the model has no trained head, or its labels do not say what they mean.
         """
-        classifier = Classifier.from_pretrained(
+        classifier = _load(
             name,
             max_length=max_length,
             dtype=dtype,
@@ -210,19 +239,17 @@ class Sentiment(nn.Module):
             A :class:`SentimentLabel` for each text; one for one text.
         """
         single = isinstance(texts, str)
-        scores = self.classifier.scores(
-            [texts] if isinstance(texts, str) else texts,
-            multi_label=False,
-            long=long,
-            max_tokens=max_tokens,
-            progress=progress,
-        ).cpu()
+        scores, truncated, why = self.classifier._scored(
+            texts, multi_label=False, long=long, max_tokens=max_tokens, progress=progress
+        )
+        self.classifier._warn_cut(*why)
+        scores = scores.cpu()
         grouped, signed = scores @ self._groups, scores @ self._valences
         best, where = grouped.max(dim=1)
         found = [
-            SentimentLabel(_NAMES[index], score, index, value)
-            for score, index, value in zip(
-                best.tolist(), where.tolist(), signed.tolist(), strict=True
+            SentimentLabel(_NAMES[index], score, index, value, truncated=cut)
+            for score, index, value, cut in zip(
+                best.tolist(), where.tolist(), signed.tolist(), truncated, strict=True
             )
         ]
         return found[0] if single else found

@@ -88,8 +88,13 @@ class TagScheme:
             scheme: ``"auto"`` or a scheme's name.
 
         Raises:
+            TypeError: If labels is a single string or no list.
             ValueError: If labels are missing, double or mixed, or do not fit the scheme.
         """
+        if isinstance(labels, (str, bytes)) or not isinstance(labels, Iterable):
+            raise TypeError(
+                f"labels={labels!r} is no list; pass names of tags, such as ['O', 'B-x', 'I-x']"
+            )
         names = tuple(labels)
         if not names or any(not isinstance(name, str) or not name for name in names):
             raise ValueError(f"labels={list(names)} must be one or more names of tags")

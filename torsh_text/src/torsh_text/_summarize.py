@@ -2,6 +2,7 @@
 
 import math
 import os
+import re
 import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -10,6 +11,7 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor, nn
 
+from ._cache import EmbeddingCache
 from ._encoder import Encoder
 from ._extract import check_diversity, facility_location, lexrank, mmr
 from ._generate import Generator
@@ -22,6 +24,7 @@ ExtractMethod = Literal["lexrank", "mmr", "facility"]
 _METHODS = ("lexrank", "mmr", "facility")
 _LONG = ("map-reduce", "truncate", "error")
 _INSTRUCTION = "Summarize the following text in a few short sentences:\n\n"
+_LONG_SENTENCE = 600  # characters, about a hundred words
 _ROUNDS = 12  # each at least halves the text
 
 
@@ -96,6 +99,7 @@ class Summarizer(nn.Module):
         ratio: float | None = ...,
         diversity: float | None = ...,
         method: ExtractMethod = ...,
+        cache: EmbeddingCache | str | os.PathLike[str] | None = ...,
         progress: bool = ...,
     ) -> Summary: ...
 
@@ -108,6 +112,7 @@ class Summarizer(nn.Module):
         ratio: float | None = ...,
         diversity: float | None = ...,
         method: ExtractMethod = ...,
+        cache: EmbeddingCache | str | os.PathLike[str] | None = ...,
         progress: bool = ...,
     ) -> list[Summary]: ...
 
@@ -119,12 +124,15 @@ class Summarizer(nn.Module):
         ratio: float | None = None,
         diversity: float | None = None,
         method: ExtractMethod = "lexrank",
+        cache: EmbeddingCache | str | os.PathLike[str] | None = None,
         progress: bool = False,
     ) -> Summary | list[Summary]:
         """Choose the sentences that say most, word for word, in the order of the text.
 
         Every sentence becomes a vector, so nothing is truncated; memory is quadratic in the
-        sentences of one text.
+        sentences of one text. A text of more than 600 characters in which
+        :func:`split_sentences` finds one sentence only is taken line by line; if it is one line
+        too, it comes out whole, and a warning tells how many such texts there are.
 
         Args:
             texts: The texts, or one text.
@@ -135,6 +143,7 @@ class Summarizer(nn.Module):
             method: ``"lexrank"`` prefers sentences that many others resemble, ``"mmr"`` those
                 like the text as a whole, ``"facility"`` chooses a set to which every sentence has
                 something alike.
+            cache: Keeps the vectors of the sentences, as for :meth:`Encoder.encode`.
             progress: Show a progress bar.
 
         Returns:
@@ -150,10 +159,19 @@ class Summarizer(nn.Module):
             raise RuntimeError("there is no encoder; make Summarizer(encoder=...) to extract")
         _check_extract(sentences, ratio, diversity, method)
         items = [texts] if isinstance(texts, str) else checked_texts(texts)
-        split = [split_sentences(text) for text in items]
+        split = [_sentences(text) for text in items]
+        whole = sum(len(found) == 1 and len(found[0].text) > _LONG_SENTENCE for found in split)
+        if whole:
+            warnings.warn(
+                f"{whole} of {len(items)} texts are one sentence of more than {_LONG_SENTENCE}"
+                " characters each and come out whole, since no mark and no line end divides them;"
+                " put each sentence on a line",
+                stacklevel=2,
+            )
         vectors = self.encoder.encode(
             [sentence.text for found in split for sentence in found],
             long="mean",
+            cache=cache,
             progress=progress,
         )
         summaries = []
@@ -276,6 +294,15 @@ def _check_extract(
                 f"diversity={diversity} has no part in method='facility', which is diverse by"
                 " itself; leave it out"
             )
+
+
+def _sentences(text: str) -> list[Sentence]:
+    """The sentences; the lines of a long text without marks between sentences."""
+    found = split_sentences(text)
+    if len(found) != 1 or len(found[0].text) <= _LONG_SENTENCE:
+        return found
+    spans = (match.span() for match in re.finditer(r"\S(?:.*\S)?", text))
+    return [Sentence(text[start:end], start, end) for start, end in spans]
 
 
 def _choose(x: Tensor, k: int, diversity: float, method: str) -> tuple[list[int], list[float]]:

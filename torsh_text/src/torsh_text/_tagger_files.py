@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from ._backbone import quiet_loading
 from ._crf import CRF
 from ._spans import Scheme, TagScheme
 from ._writing import staged_folder, write_json
@@ -47,7 +48,7 @@ def write_tagger(
     from safetensors.torch import save
 
     # last the settings: until then the old ones refuse a CRF that is not theirs
-    with staged_folder(folder, last=_SETTINGS) as staging:
+    with staged_folder(folder, last=_SETTINGS) as staging, quiet_loading():
         model.save_pretrained(staging)
         tokenizer.save_pretrained(staging)
         settings: dict[str, Any] = {"format": _FORMAT, "version": _VERSION, "scheme": scheme.name}

@@ -1,10 +1,8 @@
 """The tagger: texts in, entities out."""
 
-import logging
 import os
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast, overload
 
@@ -16,72 +14,19 @@ from torch import Tensor
 from . import _backbone
 from ._attention import packed_inputs, positioned
 from ._crf import CRF
+from ._entities import Entity, find_entities
 from ._packing import PackedBatch
 from ._runtime import WINDOW, check_max_tokens, progress_bar
-from ._selfcheck import disagreement
-from ._spans import Scheme, TagScheme, legal_paths
+from ._spans import Scheme, TagScheme
+from ._tagged_batch import TaggedBatch, collate_tagged
 from ._tagger_files import read_settings, write_tagger
-from ._token_heads import label_names, load_token_model
+from ._token_heads import check_token_head, label_names, load_token_model
 from ._token_model import Attention, TokenModel
 from ._tokenizing import TokenRows, Window
-from ._words import AGGREGATIONS, Aggregation, aggregate, by_text, find_words
+from ._words import AGGREGATIONS, Aggregation, by_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Entity:
-    """A named thing in a text.
-
-    Attributes:
-        text: Its characters: ``document[start:end]``.
-        label: What it is.
-        start: Index of its first character.
-        end: Index behind its last character.
-        score: Mean over its words of the probability of the word's tag.
-    """
-
-    text: str
-    label: str
-    start: int
-    end: int
-    score: float
-
-
-@dataclass(frozen=True)
-class TaggedBatch:
-    """Tokenized sentences with their tags, on which :meth:`Tagger.loss` computes.
-
-    Attributes:
-        tokens: The tokens, packed.
-        places: Index among the tokens of the one that speaks for each word, in order of the
-            sentences and their words, int64 ``(words,)``.
-        tags: Index of each word's tag, int64 ``(words,)``.
-        lengths: Words of each sentence.
-    """
-
-    tokens: PackedBatch
-    places: Tensor
-    tags: Tensor
-    lengths: tuple[int, ...]
-
-    def __len__(self) -> int:
-        """Return the number of sentences."""
-        return len(self.lengths)
-
-    def _moved(self, move: Callable[[Any], Any]) -> "TaggedBatch":
-        return TaggedBatch(move(self.tokens), move(self.places), move(self.tags), self.lengths)
-
-    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> "TaggedBatch":
-        """Move to a device."""
-        return self._moved(lambda x: x.to(device, non_blocking=non_blocking))
-
-    def pin_memory(self) -> "TaggedBatch":
-        """Copy into page-locked host memory (a ``DataLoader`` with ``pin_memory`` calls this)."""
-        return self._moved(lambda x: x.pin_memory())
 
 
 class Tagger(TokenModel):
@@ -133,7 +78,6 @@ class Tagger(TokenModel):
             raise ValueError(f"crf has {crf.num_tags} tags, the model {len(labels)}")
         self.model: PreTrainedModel = model
         self.crf: CRF | None = crf
-        self._index: dict[str, int] = {label: i for i, label in enumerate(labels)}
         self._legal = self.scheme.transitions()
         self._head_why: str | None = None
         self._read_with(
@@ -144,7 +88,12 @@ class Tagger(TokenModel):
             name=name or type(model).__name__,
         )
         if self._why_padded() is None:
-            self._head_why = self._check_head()
+            self._head_why = check_token_head(
+                self.model,
+                pad_id=self.pad_id,
+                first_position=self.first_position,
+                longest=self.max_length,
+            )
         if self._head_why is not None and attn == "packed":
             raise RuntimeError(
                 f"{self.name} cannot run packed: {self._head_why}. Use attn='auto' to pad instead"
@@ -196,9 +145,10 @@ class Tagger(TokenModel):
 
         Raises:
             FileNotFoundError: If the model is neither a folder nor to be had from the hub.
-            ValueError: If its files are damaged, or it has no head and ``labels`` is None.
+            ValueError: If its files are damaged, or ``labels`` is None and there is no head, or one
+                for whole texts.
         """
-        place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        place = _backbone.resolve_device(device)
         folder = _backbone.find_model(
             name,
             revision=revision,
@@ -291,48 +241,15 @@ class Tagger(TokenModel):
             The batch on the CPU. Its rows are sorted by length, its words are in input order.
 
         Raises:
+            TypeError: If words or tags are a single string.
             ValueError: If words and tags do not match, a tag is unknown or, with a CRF, illegal.
         """
-        texts, spans, tags = self._joined(examples)
-        windows = by_text(self.row_tokenizer.windows(texts, stride=0), from_end=self._from_end)
-        flat = [window for parts in windows for window in parts]
-        lengths = np.array([len(window.ids) for window in flat], np.int64)
-        order = np.argsort(-lengths, kind="stable")
-        starts = np.empty_like(lengths)
-        starts[order] = np.cumsum(lengths[order]) - lengths[order]
-        places: list[int] = []
-        kept: list[int] = []
-        counts: list[int] = []
-        row = 0
-        for sentence, parts in enumerate(windows):
-            first = _first_tokens(texts[sentence], spans[sentence], parts)
-            for word, found in enumerate(first):
-                if found is not None:
-                    places.append(int(starts[row + found[0]]) + found[1])
-                    kept.append(tags[sentence][word])
-                elif self.scheme.parts[tags[sentence][word]] != "O":
-                    start, end = spans[sentence][word]
-                    raise ValueError(
-                        f"the word {texts[sentence][start:end]!r} of example {sentence} has a tag"
-                        " and no token; remove it"
-                    )
-            counts.append(sum(found is not None for found in first))
-            if self.crf is not None and not self._legal.allow(kept[len(kept) - counts[-1] :]):
-                names = [self.labels[i] for i in tags[sentence]]
-                raise ValueError(
-                    f"the tags of example {sentence} break the rules of {self.scheme.name}, which"
-                    f" the CRF knows: {' '.join(names)}"
-                )
-            row += len(parts)
-        if not places:
-            raise ValueError("examples holds no words")
-        ids = np.fromiter((i for window in flat for i in window.ids), np.int32, int(lengths.sum()))
-        rows = TokenRows(ids, lengths, np.ones(len(flat), np.int64), [])
-        return TaggedBatch(
-            rows.batch(order, first_position=self.first_position),
-            torch.tensor(places),
-            torch.tensor(kept),
-            tuple(counts),
+        return collate_tagged(
+            examples,
+            tokenizer=self.row_tokenizer,
+            scheme=self.scheme,
+            legal=None if self.crf is None else self._legal,
+            first_position=self.first_position,
         )
 
     @overload
@@ -415,10 +332,23 @@ class Tagger(TokenModel):
             for start in range(0, len(unique), WINDOW):
                 some = unique[start : start + WINDOW]
                 groups = by_text(
-                    self.row_tokenizer.windows(some, stride=stride), from_end=self._from_end
+                    self.row_tokenizer.windows(some, stride=stride),
+                    from_end=self.row_tokenizer.from_end,
                 )
                 scores, starts = self._scores(groups, some, max_tokens)
-                found.update(self._entities(some, groups, scores, starts, stride, aggregation))
+                found.update(
+                    find_entities(
+                        some,
+                        groups,
+                        scores,
+                        starts,
+                        scheme=self.scheme,
+                        legal=self._legal,
+                        crf=self.crf,
+                        stride=stride,
+                        aggregation=aggregation,
+                    )
+                )
                 bar.update(len(some))
         kept = {text: [e for e in found[text] if e.score >= min_score] for text in unique}
         if isinstance(texts, str):
@@ -439,10 +369,6 @@ class Tagger(TokenModel):
             crf=self.crf,
         )
 
-    @property
-    def _from_end(self) -> bool:
-        return self.row_tokenizer.from_end
-
     def _facts(self) -> dict[str, str]:
         how = "a CRF" if self.crf is not None else "the scheme's rules"
         return {"tags": f"{len(self.labels)} of {self.scheme.name}, decoded by {how}"}
@@ -450,61 +376,8 @@ class Tagger(TokenModel):
     def _why_padded(self) -> str | None:
         return super()._why_padded() or self._head_why
 
-    @torch.no_grad()
-    def _check_head(self) -> str | None:
-        """Say what is wrong if the head does not see packed rows as it sees padded ones."""
-        size = self.model.config.get_text_config().vocab_size
-        rows = [[(7 * i + 5) % size for i in range(min(n, self.max_length))] for n in (9, 3, 9)]
-        batch = PackedBatch.pack(rows, first_position=self.first_position)
-        batch = batch.to(self.model.device)
-        inputs = batch.padded(self.pad_id)
-        modes = [(module, module.training) for module in self.model.modules()]
-        self.model.eval()
-        try:
-            apart = self._logits(inputs)[inputs["attention_mask"].bool()]
-            together = self._logits(packed_inputs(batch))[0]
-        except torch.OutOfMemoryError:
-            raise
-        except Exception as error:  # any model's code runs here; whatever it raises, padding works
-            logger.debug("head check", exc_info=True)
-            why = (str(error).splitlines() or [""])[0][:200]
-            return f"its head does not take packed rows ({type(error).__name__}: {why})"
-        finally:
-            for module, training in modes:
-                module.training = training
-        why = disagreement(together, apart)
-        return None if why is None else f"its head does not hand the rows on ({why})"
-
     def _logits(self, inputs: dict[str, Any]) -> Tensor:
         return self.model(**inputs).logits.float()
-
-    def _joined(
-        self, examples: Iterable[tuple[Sequence[str], Sequence[str]]]
-    ) -> tuple[list[str], list[list[tuple[int, int]]], list[list[int]]]:
-        """Join words by spaces; return texts, the characters of each word, and tag indices."""
-        texts: list[str] = []
-        spans: list[list[tuple[int, int]]] = []
-        tags: list[list[int]] = []
-        for index, (words, names) in enumerate(examples):
-            if isinstance(words, str) or len(words) != len(names):
-                raise ValueError(
-                    f"example {index} has {len(words)} words and {len(names)} tags; pass a list of"
-                    " words and one tag for each"
-                )
-            unknown = [name for name in names if name not in self._index]
-            if unknown:
-                raise ValueError(
-                    f"example {index} has the tag {unknown[0]!r}; known: {', '.join(self.labels)}"
-                )
-            start = 0
-            places: list[tuple[int, int]] = []
-            for word in words:
-                places.append((start, start + len(word)))
-                start += len(word) + 1
-            texts.append(" ".join(words))
-            spans.append(places)
-            tags.append([self._index[name] for name in names])
-        return texts, spans, tags
 
     def _scores(
         self,
@@ -544,76 +417,3 @@ class Tagger(TokenModel):
                 " with dtype='float32'"
             )
         return found, starts
-
-    def _entities(
-        self,
-        texts: Sequence[str],
-        groups: list[list[Window]],
-        scores: np.ndarray,
-        starts: np.ndarray,
-        stride: int,
-        aggregation: Aggregation,
-    ) -> dict[str, list[Entity]]:
-        """Decode the words of each text."""
-        whole = aggregation != "token"
-        words = [
-            find_words(text, parts, stride=stride, whole=whole)
-            for text, parts in zip(texts, groups, strict=True)
-        ]
-        tokens: list[int] = []
-        row = 0
-        for parts, found in zip(groups, words, strict=True):
-            tokens += [
-                int(starts[row + window]) + place for word in found.tokens for window, place in word
-            ]
-            row += len(parts)
-        counts = np.array([len(word) for found in words for word in found.tokens], np.int64)
-        lengths = [len(found.spans) for found in words]
-        emissions = torch.from_numpy(
-            aggregate(scores[np.array(tokens, np.int64)], counts, aggregation)
-        )
-        if self.crf is None:
-            tags, chances = legal_paths(emissions, lengths, self._legal), emissions.exp()
-        else:
-            emissions = emissions.to(self.crf.first.device)
-            tags = self.crf.viterbi(emissions, lengths).tags.cpu()
-            chances = self.crf.marginals(emissions, lengths).cpu()
-        chance = chances.gather(1, tags.unsqueeze(1)).squeeze(1).tolist()
-        path = tags.tolist()
-        found_in: dict[str, list[Entity]] = {}
-        word = 0
-        for text, found in zip(texts, words, strict=True):
-            stop = word + len(found.spans)
-            entities = []
-            for label, first, last in self.scheme.spans(path[word:stop]):
-                start, end = found.spans[first][0], found.spans[last - 1][1]
-                score = sum(chance[word + first : word + last]) / (last - first)
-                entities.append(Entity(text[start:end], label, start, end, score))
-            found_in[text] = entities
-            word = stop
-        return found_in
-
-
-def _first_tokens(
-    text: str, spans: Sequence[tuple[int, int]], windows: Sequence[Window]
-) -> list[tuple[int, int] | None]:
-    """For each word the window and place of the first token that starts in it.
-
-    Args:
-        text: The text.
-        spans: First character of each word and the one behind its last.
-        windows: The text's windows, without overlap.
-    """
-    found: list[tuple[int, int] | None] = [None] * len(spans)
-    word = 0
-    for index, window in enumerate(windows):
-        for place, (start, end) in enumerate(window.offsets):
-            piece = text[start:end]
-            if window.words[place] < 0 or not piece.strip():
-                continue
-            start += len(piece) - len(piece.lstrip())
-            while word < len(spans) and spans[word][1] <= start:
-                word += 1
-            if word < len(spans) and found[word] is None:
-                found[word] = (index, place)
-    return found

@@ -7,6 +7,7 @@ from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, S
 from dataclasses import dataclass
 from typing import Literal, TypeVar
 
+import numpy as np
 from torch import Tensor
 
 from ._tokenizing import checked_texts
@@ -117,7 +118,7 @@ def weighted_terms(
 
 def topic_terms(
     texts: Sequence[str],
-    labels: Tensor | Sequence[int],
+    labels: Tensor | np.ndarray | Sequence[int],
     k: int = 5,
     *,
     stop_words: StopWords = "english",

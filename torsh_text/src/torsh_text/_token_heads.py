@@ -1,16 +1,22 @@
-"""Loading a token classification model: with its own head, or with a fresh one."""
+"""Heads of token classification models: loading them, and whether they take packed rows."""
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ._attention import packed_inputs
 from ._backbone import read_layout
 from ._heads import load_headed
+from ._packing import PackedBatch
+from ._selfcheck import disagreement
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+logger = logging.getLogger(__name__)
 
 
 def label_names(config: Any) -> list[str]:
@@ -56,3 +62,31 @@ def load_token_model(
     )
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     return model, tokenizer, fresh
+
+
+@torch.no_grad()
+def check_token_head(
+    model: "PreTrainedModel", *, pad_id: int, first_position: int, longest: int
+) -> str | None:
+    """Say what is wrong if the head does not see packed rows as it sees padded ones."""
+    size = model.config.get_text_config().vocab_size
+    rows = [[(7 * i + 5) % size for i in range(min(n, longest))] for n in (9, 3, 9)]
+    batch = PackedBatch.pack(rows, first_position=first_position)
+    batch = batch.to(model.device)
+    inputs = batch.padded(pad_id)
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        apart = model(**inputs).logits.float()[inputs["attention_mask"].bool()]
+        together = model(**packed_inputs(batch)).logits.float()[0]
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # any model's code runs here; whatever it raises, padding works
+        logger.debug("head check", exc_info=True)
+        why = (str(error).splitlines() or [""])[0][:200]
+        return f"its head does not take packed rows ({type(error).__name__}: {why})"
+    finally:
+        for module, training in modes:
+            module.training = training
+    why = disagreement(together, apart)
+    return None if why is None else f"its head does not hand the rows on ({why})"

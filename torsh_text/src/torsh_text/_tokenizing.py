@@ -1,6 +1,6 @@
 """Text to rows of token ids, once, through a private copy of the tokenizer."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +21,13 @@ def checked_texts(texts: Iterable[str], *, unicode: bool = False) -> list[str]:
     """Return texts as a list, refusing what is no list of strings (or, if asked, no Unicode)."""
     if isinstance(texts, (str, bytes)):
         raise TypeError("texts is a single string; pass a list of strings")
+    if isinstance(texts, (Mapping, Set)):
+        raise TypeError(
+            f"texts is a {type(texts).__name__}, which is no sequence of texts; pass a list, such"
+            " as list(texts.values())"
+            if isinstance(texts, Mapping)
+            else f"texts is a {type(texts).__name__}, which has no order; pass a list"
+        )
     items = list(texts)
     for index, text in enumerate(items):
         if not isinstance(text, str):
@@ -28,11 +35,11 @@ def checked_texts(texts: Iterable[str], *, unicode: bool = False) -> list[str]:
                 f"texts[{index}] is {text!r} of type {type(text).__name__}, not a string"
             )
         if unicode and not text.isascii():  # the latter is known without looking
-            _check_unicode(text, index)
+            check_unicode(text, index)
     return items
 
 
-def _check_unicode(text: str, index: int) -> None:
+def check_unicode(text: str, index: int) -> None:
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -300,5 +307,5 @@ def named_surrogates(texts: Sequence[str]) -> Iterator[None]:
         yield
     except (TypeError, UnicodeEncodeError):
         for index, text in enumerate(texts):
-            _check_unicode(text, index)
+            check_unicode(text, index)
         raise

@@ -105,7 +105,7 @@ class TopicParts:
         *,
         k: int | Literal["auto"],
         seed: int,
-    ) -> "TopicParts":
+    ) -> tuple["TopicParts", Tensor]:
         """Group documents and count them, the largest part first.
 
         Args:
@@ -115,6 +115,9 @@ class TopicParts:
             x: Their vectors, of length one ``(documents, dim)``.
             k: Number of parts.
             seed: Seed.
+
+        Returns:
+            The parts, and the part of each document, -1 for none.
         """
         if method == "nmf":
             factors = factor_terms(counts, int(k), seed=seed)
@@ -123,7 +126,7 @@ class TopicParts:
             groups: list[Group] = [(part,) for part in range(len(factors.parts))]
             labels, affinities = parts.place(counts, x, groups)
             parts.add(texts, counts, x, labels, taken(affinities, labels))
-            return parts
+            return parts, labels
         plane = Plane.of(x, _DENSITY_DIMS) if method == "hdbscan" else None
         rows = plane.project(x) if plane else x
         found = cluster(rows, k=k, method=method, seed=seed)
@@ -136,7 +139,7 @@ class TopicParts:
             distances = (rows[kept] - parts.centers(rows)[own]).square().sum(1)
             reach = rows.new_zeros(len(found.centers))
             parts.reach = reach.scatter_reduce(0, own, distances, "amax").cpu()
-        return parts
+        return parts, found.labels
 
     @property
     def dim(self) -> int:

@@ -6,27 +6,22 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from pathlib import Path
-from typing import Literal, Protocol, get_args
+from typing import Literal, get_args
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from ._arrays import as_tensor
+from ._cache import EmbeddingCache
 from ._coherence import diversity, npmi
+from ._document_vectors import TextEncoder, document_vectors, loaded_encoder
 from ._terms import StopWords, stopped_words, weighted_terms, words_of
 from ._tokenizing import checked_texts
 from ._topic import DocumentTopics, Topic, TopicMerge, TopicPeriod
 from ._topic_file import read_topics, write_topics
 from ._topic_merging import merge_topics
 from ._topic_parts import Group, TopicMethod, TopicParts, best_examples, taken, unit_rows
-
-
-class TextEncoder(Protocol):
-    """What turns texts into vectors, such as :class:`torsh_text.Encoder`."""
-
-    def encode(self, texts: list[str], /) -> Tensor | np.ndarray:
-        """Return a vector for each text, ``(texts, dim)``."""
-        ...
 
 
 class TopicModel:
@@ -41,8 +36,8 @@ class TopicModel:
     The documents themselves are not kept.
 
     Args:
-        encoder: Anything with ``encode(texts)``, such as :class:`torsh_text.Encoder`. None if
-            vectors are always passed, or for NMF.
+        encoder: Anything with ``encode(texts)``, such as :class:`torsh_text.Encoder`, or what
+            :meth:`Encoder.from_pretrained` takes. None if vectors are always passed, or for NMF.
         k: Number of topics; ``"auto"`` as in :func:`torsh_text.cluster`. NMF needs a number,
             HDBSCAN finds its own. There are fewer, with a warning, where documents are too few or
             too alike.
@@ -55,11 +50,13 @@ class TopicModel:
         tokenize: Splits a text into words.
 
     Example:
-        >>> docs = ["red apple", "green apple pie", "fast car", "red car race", "a car"]
+        >>> texts = ["red apple", "green apple pie", "fast car", "red car race", "a car"]
         >>> x = torch.tensor([[1.0, 0.0], [0.9, 0.1], [0.0, 1.0], [0.1, 1.0], [0.0, 0.9]])
-        >>> model = TopicModel(k=2).fit(docs, vectors=x)
+        >>> model = TopicModel(k=2).fit(texts, vectors=x)
         >>> [(topic.size, topic.words[0]) for topic in model.topics]
         [(3, 'car'), (2, 'apple')]
+        >>> model.labels.tolist()
+        [1, 1, 0, 0, 0]
         >>> model.transform(["apples"], vectors=torch.tensor([[2.0, 0.5]])).labels.tolist()
         [1]
 
@@ -70,7 +67,7 @@ class TopicModel:
 
     def __init__(
         self,
-        encoder: TextEncoder | None = None,
+        encoder: TextEncoder | str | os.PathLike[str] | None = None,
         *,
         k: int | Literal["auto"] = "auto",
         method: TopicMethod = "kmeans",
@@ -91,7 +88,7 @@ class TopicModel:
             raise ValueError("k='auto' does not go with method='nmf'; give a number of topics")
         if words < 1:
             raise ValueError(f"words={words} is not positive")
-        self.encoder = encoder
+        self.encoder = loaded_encoder(encoder)
         self.k: int | Literal["auto"] = k
         self.method: TopicMethod = method
         self.seed = seed
@@ -102,9 +99,14 @@ class TopicModel:
         self._groups: list[Group] = []
         self._merges: list[TopicMerge] = []
         self._topics: list[Topic] | None = None
+        self._fitted: Tensor | None = None
 
     def fit(
-        self, docs: Iterable[str], *, vectors: Tensor | np.ndarray | None = None
+        self,
+        texts: Iterable[str],
+        *,
+        vectors: Tensor | np.ndarray | None = None,
+        cache: EmbeddingCache | str | os.PathLike[str] | None = None,
     ) -> "TopicModel":
         """Find the topics of documents, the largest first; what was known before is forgotten.
 
@@ -112,26 +114,28 @@ class TopicModel:
         of such documents has no words. Equal documents are always in one topic.
 
         Args:
-            docs: The documents, at least one.
+            texts: The documents, at least one.
             vectors: Their vectors ``(documents, dim)``, if there are any already; they are scaled
                 to length one.
+            cache: Where an :class:`Encoder` keeps the vectors, as for :meth:`Encoder.encode`.
 
         Returns:
             This model.
 
         Raises:
-            TypeError: If a document is no string.
-            ValueError: If there are no documents, or vectors do not fit them.
+            TypeError: If a document is no string, or ``cache`` is given with another encoder.
+            ValueError: If there are no documents, vectors do not fit them, or there is nothing to
+                encode for the cache.
             ImportError: If scikit-learn is missing for HDBSCAN or NMF.
         """
-        texts = checked_texts(docs)
-        if not texts:
-            raise ValueError("docs is empty; topics need at least one document")
-        parts = TopicParts.find(
+        items = checked_texts(texts)
+        if not items:
+            raise ValueError("texts is empty; topics need at least one document")
+        parts, self._fitted = TopicParts.find(
             self.method,
-            texts,
-            self._words(texts),
-            self._vectors(texts, vectors, None),
+            items,
+            self._words(items),
+            self._vectors(items, vectors, None, cache),
             k=self.k,
             seed=self.seed,
         )
@@ -145,7 +149,11 @@ class TopicModel:
         return self
 
     def transform(
-        self, docs: str | Iterable[str], *, vectors: Tensor | np.ndarray | None = None
+        self,
+        texts: str | Iterable[str],
+        *,
+        vectors: Tensor | np.ndarray | None = None,
+        cache: EmbeddingCache | str | os.PathLike[str] | None = None,
     ) -> DocumentTopics:
         """Tell the topics of documents; the model does not change.
 
@@ -154,8 +162,9 @@ class TopicModel:
         with NMF its topic is that of the largest share.
 
         Args:
-            docs: The documents, or one document.
+            texts: The documents, or one document.
             vectors: Their vectors ``(documents, dim)``, if there are any already.
+            cache: As for :meth:`fit`.
 
         Returns:
             Topics in input order, on the device of the vectors; without the axis of documents
@@ -166,20 +175,21 @@ class TopicModel:
             ValueError: If vectors do not fit the documents or the model.
         """
         parts = self._known()
-        if isinstance(docs, str):
-            one = None if vectors is None else torch.as_tensor(vectors).reshape(1, -1)
-            found = self.transform([docs], vectors=one)
+        if isinstance(texts, str):
+            one = None if vectors is None else as_tensor(vectors, "vectors").reshape(1, -1)
+            found = self.transform([texts], vectors=one, cache=cache)
             return DocumentTopics(found.labels[0], found.scores[0], found.affinities[0])
-        texts = checked_texts(docs)
-        counts = self._words(texts) if self.method == "nmf" else []
-        x = self._vectors(texts, vectors, parts)
+        items = checked_texts(texts)
+        counts = self._words(items) if self.method == "nmf" else []
+        x = self._vectors(items, vectors, parts, cache)
         return self._described(*parts.place(counts, x, self._groups))
 
     def update(
         self,
-        docs: Iterable[str],
+        texts: Iterable[str],
         *,
         vectors: Tensor | np.ndarray | None = None,
+        cache: EmbeddingCache | str | os.PathLike[str] | None = None,
         new_below: float | None = None,
         new_size: int = 5,
     ) -> DocumentTopics:
@@ -195,8 +205,9 @@ class TopicModel:
         the next numbers. The other documents are counted where they are nearest.
 
         Args:
-            docs: New documents.
+            texts: New documents.
             vectors: Their vectors, if there are any already.
+            cache: As for :meth:`fit`.
             new_below: Cosine below which a document may belong to a new topic, such as 0.3.
             new_size: Fewest documents of a new topic.
 
@@ -214,15 +225,15 @@ class TopicModel:
             raise ValueError(f"new_below={new_below} is not between 0 and 1")
         if new_size < 1:
             raise ValueError(f"new_size={new_size} is not positive")
-        texts = checked_texts(docs)
-        counts = self._words(texts)
-        x = self._vectors(texts, vectors, parts)
+        items = checked_texts(texts)
+        counts = self._words(items)
+        x = self._vectors(items, vectors, parts, cache)
         labels, affinities = parts.place(counts, x, self._groups)
         if new_below is not None:
             old = len(parts.sizes)
             labels, affinities = parts.open(x, labels, affinities, below=new_below, size=new_size)
             self._groups += [(part,) for part in range(old, len(parts.sizes))]
-        parts.add(texts, counts, x, labels, taken(affinities, labels))
+        parts.add(items, counts, x, labels, taken(affinities, labels))
         self._topics = None
         return self._described(labels, affinities)
 
@@ -271,17 +282,35 @@ class TopicModel:
         return list(self._topics)
 
     @property
+    def labels(self) -> Tensor:
+        """Topic of each document of the last :meth:`fit`, int64 ``(documents,)``; -1 for none.
+
+        :meth:`reduce` renumbers them, :meth:`update` leaves them. :meth:`save` does not keep them:
+        ask a loaded model's :meth:`transform`. On the device of the vectors.
+
+        Raises:
+            RuntimeError: If the model has not been fitted, or was loaded.
+        """
+        self._known()
+        if self._fitted is None:
+            raise RuntimeError(
+                "a loaded TopicModel does not know the documents that it was fitted with; ask"
+                " transform(texts).labels"
+            )
+        return self._numbers().to(self._fitted.device)[self._fitted]
+
+    @property
     def merges(self) -> list[TopicMerge]:
         """What :meth:`reduce` merged, in order."""
         return list(self._merges)
 
     def coherence(
-        self, docs: Iterable[str], measure: Literal["npmi", "diversity"] = "npmi"
+        self, texts: Iterable[str], measure: Literal["npmi", "diversity"] = "npmi"
     ) -> float:
         """Judge the topics' words by the documents that hold them.
 
         Args:
-            docs: Documents to judge by: those of :meth:`fit`, or better others.
+            texts: Documents to judge by: those of :meth:`fit`, or better others.
             measure: ``"npmi"``: mean over topics of the mean normalized pointwise mutual
                 information of their pairs of words within documents, -1 to 1 (Lau et al., 2014);
                 ``"diversity"``: share of different words among all topics' words, 0 to 1 (Dieng
@@ -295,18 +324,19 @@ class TopicModel:
             return diversity(words)
         if measure != "npmi":
             raise ValueError(f"measure={measure!r} is neither 'npmi' nor 'diversity'")
-        texts = checked_texts(docs)
-        if not texts:
-            raise ValueError("docs is empty; npmi needs documents")
-        each = [score for score in npmi(words, map(self.tokenize, texts)) if not math.isnan(score)]
+        items = checked_texts(texts)
+        if not items:
+            raise ValueError("texts is empty; npmi needs documents")
+        each = [score for score in npmi(words, map(self.tokenize, items)) if not math.isnan(score)]
         return math.fsum(each) / len(each) if each else math.nan
 
     def over_time(
         self,
-        docs: Iterable[str],
+        texts: Iterable[str],
         times: Sequence[Hashable],
         *,
         vectors: Tensor | np.ndarray | None = None,
+        cache: EmbeddingCache | str | os.PathLike[str] | None = None,
         words: int = 5,
     ) -> list[TopicPeriod]:
         """Tell how much and in which words each topic was present at each time.
@@ -314,22 +344,23 @@ class TopicModel:
         Words are weighed by c-TF-IDF with each topic at each time as one group.
 
         Args:
-            docs: The documents.
+            texts: The documents.
             times: Time of each: anything that can be sorted, such as years or ``"2026-11"``.
                 Documents of one time are those whose times are equal, so round them first.
             vectors: Their vectors, if there are any already.
+            cache: As for :meth:`fit`.
             words: Words of each topic at each time, at most.
 
         Returns:
             One entry for each topic at each time at which it has documents: by time, then topic.
         """
-        texts = checked_texts(docs)
-        if len(times) != len(texts):
-            raise ValueError(f"{len(texts)} docs came with {len(times)} times")
-        labels = self.transform(texts, vectors=vectors).labels.tolist()
+        items = checked_texts(texts)
+        if len(times) != len(items):
+            raise ValueError(f"{len(items)} texts came with {len(times)} times")
+        labels = self.transform(items, vectors=vectors, cache=cache).labels.tolist()
         sizes: Counter[tuple[Hashable, int]] = Counter()
         counts: dict[tuple[Hashable, int], Counter[str]] = {}
-        for count, time, label in zip(self._words(texts), times, labels, strict=True):
+        for count, time, label in zip(self._words(items), times, labels, strict=True):
             if label >= 0:
                 sizes[time, label] += 1
                 counts.setdefault((time, label), Counter()).update(count)
@@ -369,7 +400,7 @@ class TopicModel:
     def load(
         cls,
         path: str | os.PathLike[str],
-        encoder: TextEncoder | None = None,
+        encoder: TextEncoder | str | os.PathLike[str] | None = None,
         *,
         tokenize: Callable[[str], Iterable[str]] | None = None,
     ) -> "TopicModel":
@@ -377,7 +408,8 @@ class TopicModel:
 
         Args:
             path: The file.
-            encoder: The encoder it was fitted with; a warning tells if it is another one.
+            encoder: The encoder it was fitted with, as for :class:`TopicModel`; a warning tells if
+                it is another one.
             tokenize: The function it was made with, if it was one of your own.
 
         Raises:
@@ -388,6 +420,7 @@ class TopicModel:
             raise ValueError(f"{str(path)!r} was made with a tokenize of its own; pass it")
         if not note["own_tokenize"] and tokenize not in (None, words_of):
             raise ValueError(f"{str(path)!r} was made with the built-in tokenize; leave it out")
+        encoder = loaded_encoder(encoder)
         expected, found = note["encoder"], getattr(encoder, "fingerprint", None)
         if expected and found and expected != found:
             warnings.warn(
@@ -427,40 +460,41 @@ class TopicModel:
         ]
 
     def _vectors(
-        self, texts: list[str], vectors: Tensor | np.ndarray | None, parts: TopicParts | None
+        self,
+        texts: list[str],
+        vectors: Tensor | np.ndarray | None,
+        parts: TopicParts | None,
+        cache: EmbeddingCache | str | os.PathLike[str] | None,
     ) -> Tensor:
         """Check vectors, or make them; rows of length one, or of no entries for NMF."""
         if self.method == "nmf":
             if vectors is not None:
                 raise ValueError("vectors were given, but method='nmf' looks at words alone")
+            if cache is not None:
+                raise ValueError("cache was given, but method='nmf' looks at words alone")
             return torch.empty(len(texts), 0)
-        dim = parts.dim if parts else None
-        if vectors is None:
-            if self.encoder is None:
-                raise ValueError(
-                    "this TopicModel has no encoder; pass vectors, or make it with an encoder"
-                )
-            vectors = self.encoder.encode(texts) if texts else torch.empty(0, dim or 0)
-        x = torch.as_tensor(vectors).detach().float()
-        if x.ndim != 2 or len(x) != len(texts):
-            raise ValueError(
-                f"vectors have shape {tuple(x.shape)}; expected ({len(texts)}, dim) for"
-                f" {len(texts)} docs"
+        return unit_rows(
+            document_vectors(
+                texts,
+                vectors,
+                encoder=self.encoder,
+                cache=cache,
+                dim=parts.dim if parts else None,
             )
-        if dim is not None and x.shape[1] != dim:
-            raise ValueError(f"vectors have {x.shape[1]} entries, those of the topics {dim}")
-        finite = x.isfinite().all(1)
-        if not bool(finite.all()):
-            raise ValueError(f"vectors[{int((~finite).nonzero()[0])}] is not finite in float32")
-        return unit_rows(x)
+        )
 
     def _described(self, labels: Tensor, affinities: Tensor) -> DocumentTopics:
         """Turn parts into the topics that hold them."""
-        topic = torch.full((affinities.shape[1] + 1,), -1, device=labels.device)
         merged = affinities.new_empty(len(labels), len(self._groups))
         for number, group in enumerate(self._groups):
-            topic[list(group)] = number
             own = affinities[:, list(group)]
             merged[:, number] = own.sum(1) if self.method == "nmf" else own.amax(1)
-        numbers = topic[labels]  # -1 reads the last entry
+        numbers = self._numbers().to(labels.device)[labels]
         return DocumentTopics(numbers, taken(merged, numbers), merged)
+
+    def _numbers(self) -> Tensor:
+        """Topic of each part, and -1 behind the last, which is what label -1 reads."""
+        topic = torch.full((len(self._known().sizes) + 1,), -1)
+        for number, group in enumerate(self._groups):
+            topic[list(group)] = number
+        return topic

@@ -1,19 +1,24 @@
-"""Commands that look at all texts of a file together: embed, search, cluster, topics."""
+"""Commands that look at all texts of a file: embed, search, cluster, topics, duplicates."""
 
+import re
 import sys
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from ._default_models import ENCODER
 from ._jsonl import GOES_ON, Texts, check_out, read_texts, why_no_text
 from ._printing import json_text, print_json, print_line, print_table
-from ._writing import write_bytes
+from ._writing import replacing, write_bytes
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from ._encoder import Encoder
+    from ._near_duplicates import Duplicates
 
-ENCODER = "sentence-transformers/all-MiniLM-L6-v2"
+Long = Literal["truncate", "error", "mean"]
+_NOT_KEPT = "--cache FOLDER would keep what it computes for the next run"
 
 
 def _read(file: Path, field: str, out: Path | None, *, overwrite: bool) -> Texts:
@@ -28,22 +33,38 @@ def _read(file: Path, field: str, out: Path | None, *, overwrite: bool) -> Texts
 
 
 def _encoded(
-    texts: list[str], model: str, cache: Path | None, *, roles: tuple[str, ...] = ()
+    file: Path,
+    source: Texts,
+    model: str,
+    cache: Path | None,
+    *,
+    long: Long,
+    device: str | None,
+    roles: tuple[str, ...] = (),
 ) -> "tuple[Encoder, Tensor]":
     """Load an encoder and encode texts with the first of its prompts named in ``roles``."""
     from ._encoder import Encoder
 
-    encoder = Encoder.from_pretrained(model)
+    encoder = Encoder.from_pretrained(model, device=device)
     prompt = _prompt(encoder, *roles)
     try:
-        found = encoder.encode(texts, prompt=prompt, cache=cache, progress=sys.stderr.isatty())
+        found = encoder.encode(
+            source.texts, prompt=prompt, long=long, cache=cache, progress=sys.stderr.isatty()
+        )
     except KeyboardInterrupt:
-        raise KeyboardInterrupt(*[GOES_ON] if cache is not None else []) from None
+        raise KeyboardInterrupt(_NOT_KEPT if cache is None else GOES_ON) from None
+    except (ValueError, RuntimeError) as error:
+        raise type(error)(_with_lines(str(error), file, source)) from error
     return encoder, found
 
 
 def _prompt(encoder: "Encoder", *roles: str) -> str | None:
     return next((encoder.prompts[role] for role in roles if role in encoder.prompts), None)
+
+
+def _with_lines(message: str, file: Path, source: Texts) -> str:
+    """Name a text by its line, not by its place among those that are not blank."""
+    return re.sub(r"texts\[(\d+)\]", lambda m: f"{file}:{source.lines[int(m[1])]}", message)
 
 
 def _write(found: Any, out: Path, count: int) -> None:
@@ -57,6 +78,8 @@ def embed(
     *,
     out: Path | None = None,
     model: str = ENCODER,
+    long: Long = "truncate",
+    device: str | None = None,
     field: str = "text",
     cache: Path | None = None,
 ) -> None:
@@ -67,6 +90,9 @@ def embed(
         out: The safetensors file; FILE with the suffix .safetensors if not given, so it has to be
             given with -. Only an earlier file of vectors is replaced.
         model: Hub id or folder of the model.
+        long: What happens to a text that is too long: truncate cuts it, error refuses it, mean
+            averages the vectors of its pieces.
+        device: Where it runs: cpu, cuda, cuda:1; CUDA if there is one, else the CPU.
         field: Field of the .jsonl objects that holds the text.
         cache: Folder that keeps the vectors: an interrupted run goes on, and later runs compute
             only new texts.
@@ -77,10 +103,10 @@ def embed(
         raise ValueError("the vectors of the standard input have no file; name it with --out")
     target = out or file.with_suffix(".safetensors")
     check_target(target, file)
-    texts = _read(file, field, None, overwrite=False).texts
-    encoder, vectors = _encoded(texts, model, cache)
+    source = _read(file, field, None, overwrite=False)
+    encoder, vectors = _encoded(file, source, model, cache, long=long, device=device)
     save_vectors(target, vectors, model=model, fingerprint=encoder.fingerprint)
-    print_line(f"{len(texts):,} vectors of {encoder.dim} entries in {target}")
+    print_line(f"{len(source.texts):,} vectors of {encoder.dim} entries in {target}")
 
 
 def search(
@@ -88,8 +114,10 @@ def search(
     queries: tuple[str, ...],
     /,
     *,
-    k: int = 5,
+    k: int | None = None,
     model: str = ENCODER,
+    long: Long = "truncate",
+    device: str | None = None,
     field: str = "text",
     cache: Path | None = None,
     out: Path | None = None,
@@ -103,8 +131,11 @@ def search(
     Args:
         file: One text a line, or a .jsonl file; - for the standard input.
         queries: What to look for.
-        k: How many texts for each query.
+        k: How many texts for each query; 5 if not given.
         model: Hub id or folder of the model.
+        long: What happens to a text that is too long: truncate cuts it, error refuses it, mean
+            averages the vectors of its pieces.
+        device: Where it runs: cpu, cuda, cuda:1; CUDA if there is one, else the CPU.
         field: Field of the .jsonl objects that holds the text.
         cache: Folder that keeps the vectors for later runs.
         out: A .json file for what --json prints.
@@ -115,10 +146,13 @@ def search(
 
     if not queries:
         raise ValueError("queries is empty; write what to look for behind the file")
+    if k is not None and k < 1:
+        raise ValueError(f"k={k} is not positive")
     source = _read(file, field, out, overwrite=overwrite)
-    encoder, vectors = _encoded(source.texts, model, cache, roles=("document", "passage", "corpus"))
+    roles = ("document", "passage", "corpus")
+    encoder, vectors = _encoded(file, source, model, cache, long=long, device=device, roles=roles)
     asked = encoder.encode(list(queries), prompt=_prompt(encoder, "query"))
-    scores, ids = find(asked, vectors, min(k, len(source.texts)))
+    scores, ids = find(asked, vectors, min(k or 5, len(source.texts)))
     found = [
         {
             "query": query,
@@ -133,6 +167,11 @@ def search(
         }
         for query, row_scores, row_ids in zip(queries, scores.tolist(), ids.tolist(), strict=True)
     ]
+    if k is not None and k > len(source.texts):
+        warnings.warn(
+            f"k={k} is more than the {len(source.texts)} texts of {file}; all are ranked",
+            stacklevel=2,
+        )
     if out is not None:
         _write(found, out, len(source.texts))
         return
@@ -151,6 +190,8 @@ def cluster(
     method: Literal["kmeans", "spherical", "agglomerative", "hdbscan"] = "kmeans",
     seed: int = 0,
     model: str = ENCODER,
+    long: Long = "truncate",
+    device: str | None = None,
     field: str = "text",
     cache: Path | None = None,
     plot: Path | None = None,
@@ -166,6 +207,9 @@ def cluster(
         method: How to group.
         seed: Seed of the grouping.
         model: Hub id or folder of the model.
+        long: What happens to a text that is too long: truncate cuts it, error refuses it, mean
+            averages the vectors of its pieces.
+        device: Where it runs: cpu, cuda, cuda:1; CUDA if there is one, else the CPU.
         field: Field of the .jsonl objects that holds the text.
         cache: Folder that keeps the vectors for later runs.
         plot: Picture of the texts as points, such as map.svg.
@@ -177,8 +221,9 @@ def cluster(
     from ._terms import topic_terms
 
     _check_picture(plot)
-    texts = _read(file, field, out, overwrite=overwrite).texts
-    _, vectors = _encoded(texts, model, cache)
+    source = _read(file, field, out, overwrite=overwrite)
+    texts = source.texts
+    _, vectors = _encoded(file, source, model, cache, long=long, device=device)
     found = group(vectors, k=k, method=method, seed=seed)
     terms = topic_terms(texts, found.labels)
     names = [", ".join(t.words[:3]) for t in terms]
@@ -205,6 +250,8 @@ def topics(
     method: Literal["kmeans", "spherical", "hdbscan", "nmf"] = "kmeans",
     seed: int = 0,
     model: str = ENCODER,
+    long: Long = "truncate",
+    device: str | None = None,
     field: str = "text",
     cache: Path | None = None,
     save: Path | None = None,
@@ -221,6 +268,9 @@ def topics(
         method: How to find them.
         seed: Seed of all that is random.
         model: Hub id or folder of the encoder.
+        long: What happens to a text that is too long: truncate cuts it, error refuses it, mean
+            averages the vectors of its pieces.
+        device: Where it runs: cpu, cuda, cuda:1; CUDA if there is one, else the CPU.
         field: Field of the .jsonl objects that holds the text.
         cache: Folder that keeps the vectors for later runs.
         save: Where to keep the topic model, for TopicModel.load.
@@ -232,8 +282,9 @@ def topics(
     from ._topics import TopicModel
 
     _check_picture(plot)
-    texts = _read(file, field, out, overwrite=overwrite).texts
-    encoder, vectors = _encoded(texts, model, cache)
+    source = _read(file, field, out, overwrite=overwrite)
+    texts = source.texts
+    encoder, vectors = _encoded(file, source, model, cache, long=long, device=device)
     used = None if method == "nmf" else vectors  # which looks at words
     fitted = TopicModel(encoder, k=k, method=method, seed=seed).fit(texts, vectors=used)
     found = fitted.transform(texts, vectors=used)
@@ -257,10 +308,114 @@ def topics(
         )
 
 
+def duplicates(
+    file: Path,
+    /,
+    *,
+    method: Literal["words", "vectors"] = "words",
+    threshold: float | None = None,
+    ngram: int | None = None,
+    model: str | None = None,
+    long: Long | None = None,
+    device: str | None = None,
+    field: str = "text",
+    cache: Path | None = None,
+    keep: Path | None = None,
+    out: Path | None = None,
+    overwrite: bool = False,
+    json: bool = False,
+) -> None:
+    """Find groups of texts that are almost the same.
+
+    Args:
+        file: One text a line, or a .jsonl file; - for the standard input.
+        method: words finds copies with small changes, without a model; vectors finds texts that
+            say the same.
+        threshold: Least similarity, above 0 and at most 1; 0.8 for words and 0.95 for vectors if
+            not given.
+        ngram: Characters that words are compared by; 5 if not given.
+        model: For vectors, hub id or folder of the model; sentence-transformers/all-MiniLM-L6-v2
+            if not given.
+        long: For vectors, what happens to a text that is too long: truncate (if not given) cuts
+            it, error refuses it, mean averages the vectors of its pieces.
+        device: For vectors, where they are made: cpu, cuda, cuda:1; CUDA if there is one, else
+            the CPU.
+        field: Field of the .jsonl objects that holds the text.
+        cache: For vectors, folder that keeps them for later runs.
+        keep: A copy of FILE, of each group only with the first.
+        out: A .json file for what --json prints.
+        overwrite: Replace OUT and KEEP.
+        json: Print JSON instead of tables.
+    """
+    from ._near_duplicates import near_duplicates
+
+    of_vectors = {"model": model, "long": long, "device": device, "cache": cache}
+    for name, value in (of_vectors if method == "words" else {"ngram": ngram}).items():
+        if value is not None:
+            raise ValueError(f"{name}={str(value)!r} is not for --method {method}; leave it out")
+    if keep is not None:
+        check_out(keep, overwrite=overwrite, source=file, option="keep")
+        if out is not None and keep.absolute() == out.absolute():
+            raise ValueError(f"out and keep are both {str(out)!r}; name two files")
+    source = _read(file, field, out, overwrite=overwrite)
+    if method == "words":
+        found = near_duplicates(source.texts, threshold, ngram=ngram)
+    else:
+        _, vectors = _encoded(
+            file, source, model or ENCODER, cache, long=long or "truncate", device=device
+        )
+        found = near_duplicates(vectors, threshold)
+    groups = _described(found, source)
+    if keep is not None:
+        _keep(file, source, found, keep)
+        if not json:
+            print_line(f"{len(found.kept):,} of {len(source.texts):,} texts in {keep}")
+    if out is not None:
+        _write(groups, out, len(source.texts))
+    elif json:
+        print_json(groups)
+    elif keep is None:
+        for group in groups:
+            rows = [(f"{m['score']:.3f}", f"{m['line']}: {m['text']}") for m in group]
+            print_table(rows, f"{len(group)} texts")
+        print_line(f"{len(groups):,} groups among {len(source.texts):,} texts")
+
+
+def _described(found: "Duplicates", source: Texts) -> list[list[dict[str, Any]]]:
+    """Groups of texts, each with its line and its highest similarity to another one."""
+    best: dict[int, float] = {}
+    for pair, score in zip(found.pairs.tolist(), found.scores.tolist(), strict=True):
+        for row in pair:
+            best[row] = max(score, best.get(row, score))
+    return [
+        [
+            {"score": round(best[i], 4), "line": source.lines[i], "text": source.texts[i]}
+            for i in group
+        ]
+        for group in found.groups
+    ]
+
+
+def _keep(file: Path, source: Texts, found: "Duplicates", keep: Path) -> None:
+    """Copy a file without the lines that repeat others; blank lines stay."""
+    dropped = {source.lines[row] for group in found.groups for row in group[1:]}
+    with replacing(keep) as target:
+        if file == Path("-"):  # which cannot be read twice
+            texts = zip(source.lines, source.texts, strict=True)
+            target.writelines(f"{text}\n".encode() for line, text in texts if line not in dropped)
+            return
+        with file.open("rb") as lines:
+            target.writelines(row for line, row in enumerate(lines, 1) if line not in dropped)
+
+
 def _check_picture(path: Path | None) -> None:
     """Refuse a picture that could not be written, before anything is computed."""
     if path is None:
         return
+    if not path.parent.is_dir():
+        raise FileNotFoundError(
+            f"plot={str(path)!r}: there is no folder {str(path.parent)!r}; make it first"
+        )
     try:
         from matplotlib.backend_bases import FigureCanvasBase
     except ImportError:

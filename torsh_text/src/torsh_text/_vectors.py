@@ -28,8 +28,18 @@ def check_target(target: Path, source: Path) -> None:
         source: The file that holds the texts; ``-`` for the standard input.
 
     Raises:
-        ValueError: If ``target`` is the source or another file that holds no vectors.
+        FileNotFoundError: If its folder is not there.
+        ValueError: If ``target`` is the source or another file that holds no vectors, or its name
+            does not end in ``.safetensors``.
     """
+    if target.suffix != ".safetensors":
+        raise ValueError(
+            f"out={str(target)!r}: vectors are written as safetensors; end the name in .safetensors"
+        )
+    if not target.parent.is_dir():
+        raise FileNotFoundError(
+            f"out={str(target)!r}: there is no folder {str(target.parent)!r}; make it first"
+        )
     if not target.exists():
         return
     if source != Path("-") and target.samefile(source):

@@ -5,21 +5,26 @@ import os
 import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Literal, overload
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 from torch import Tensor, nn
 
 from . import _backbone
+from ._cache import EmbeddingCache
 from ._classify import Classifier
 from ._encoder import Encoder
 from ._generate import Generator
 from ._generator_loading import load_generator
+from ._heads import MissingHeadError
 from ._label_likelihood import check_tree, label_likelihoods, likelihoods_one_by_one
 from ._labels import Label, check_ranking, checked_names, ranked
 from ._runtime import Budget, check_max_tokens, default_max_tokens
 from ._similarity import similarity
 from ._tokenizing import Long, checked_texts, named_surrogates
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 Via = Literal["auto", "nli", "embed", "lm"]
 TEMPLATE = "This text is about {}."
@@ -45,6 +50,7 @@ class ZeroShot(nn.Module):
         tokenizer: Tokenizer of a language model that was passed as an object.
         temperature: What scores are divided by before the softmax; None for 1, and for 0.05 with
             ``"embed"``, as cosines lie close together (the scale 20 of sentence-transformers).
+        device: Where a path or hub id is loaded; None for CUDA if there is one, else the CPU.
 
     Attributes:
         model: The classifier, encoder or language model.
@@ -61,21 +67,30 @@ class ZeroShot(nn.Module):
 
     def __init__(
         self,
-        model: Any,
+        model: "Classifier | Encoder | Generator | PreTrainedModel | str | os.PathLike[str]",
         *,
         via: Via = "auto",
         tokenizer: Any = None,
         temperature: float | None = None,
+        device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
         if via not in ("auto", "nli", "embed", "lm"):
             raise ValueError(f"via={via!r} is none of 'auto', 'nli', 'embed', 'lm'")
         if temperature is not None and not temperature > 0:
             raise ValueError(f"temperature={temperature} is not positive")
+        used: Any = model
         if isinstance(model, (str, os.PathLike)):
-            model, tokenizer = _load(model, via)
+            used, tokenizer = _load(model, via, _backbone.resolve_device(device))
+        elif device is not None:
+            raise ValueError(
+                f"device={str(device)!r} is for a path or hub id; move the model itself"
+            )
         elif isinstance(model, Generator):
-            model, tokenizer = model.model, model.tokenizer
+            used, tokenizer = model.model, model.tokenizer
+        self._use(used, via, tokenizer, temperature)
+
+    def _use(self, model: Any, via: Via, tokenizer: Any, temperature: float | None) -> None:
         kind = _kind_of(model)
         if via not in ("auto", kind):
             raise TypeError(
@@ -98,7 +113,7 @@ class ZeroShot(nn.Module):
                 warnings.warn(
                     f"{type(model).__name__} is asked label by label, which is slower:"
                     f" {self._why_slow}",
-                    stacklevel=2,
+                    stacklevel=3,
                 )
 
     @overload
@@ -110,9 +125,10 @@ class ZeroShot(nn.Module):
         template: str = ...,
         multi_label: bool = ...,
         top_k: int | None = ...,
-        threshold: float = ...,
+        min_score: float | None = ...,
         long: Long = ...,
         max_tokens: int | Literal["auto"] = ...,
+        cache: EmbeddingCache | str | os.PathLike[str] | None = ...,
         progress: bool = ...,
     ) -> Label | list[Label]: ...
 
@@ -125,9 +141,10 @@ class ZeroShot(nn.Module):
         template: str = ...,
         multi_label: bool = ...,
         top_k: int | None = ...,
-        threshold: float = ...,
+        min_score: float | None = ...,
         long: Long = ...,
         max_tokens: int | Literal["auto"] = ...,
+        cache: EmbeddingCache | str | os.PathLike[str] | None = ...,
         progress: bool = ...,
     ) -> list[Label] | list[list[Label]]: ...
 
@@ -139,9 +156,10 @@ class ZeroShot(nn.Module):
         template: str = TEMPLATE,
         multi_label: bool = False,
         top_k: int | None = None,
-        threshold: float = 0.5,
+        min_score: float | None = None,
         long: Long = "truncate",
         max_tokens: int | Literal["auto"] = "auto",
+        cache: EmbeddingCache | str | os.PathLike[str] | None = None,
         progress: bool = False,
     ) -> Label | list[Label] | list[list[Label]]:
         """Give each text its label, in input order.
@@ -153,11 +171,15 @@ class ZeroShot(nn.Module):
                 which answers with the label itself.
             multi_label: Whether a text may have several labels or none; only ``"nli"`` can say.
             top_k: That many labels for each text, best first, as a list. None: the best label
-                alone, or with ``multi_label`` the list of those that reach the threshold.
-            threshold: Least score of one of several labels, 0 to 1.
+                alone, or with ``multi_label`` the list of those that reach ``min_score``.
+            min_score: Labels below it are left out of the lists, 0 to 1. None is 0.5 with
+                ``multi_label`` and without ``top_k``, else 0. Refused where each text gets its
+                best label alone.
             long: What happens to texts that are too long: ``"truncate"`` cuts them and warns with
                 their number, ``"error"`` raises; ``"mean"`` is for ``"embed"`` only.
             max_tokens: Most tokens in a batch; ``"auto"`` suits the device.
+            cache: Where the texts' vectors are kept, as for :meth:`Encoder.encode`; for
+                ``"embed"`` only.
             progress: Show a progress bar (not for ``"lm"``).
 
         Returns:
@@ -169,21 +191,21 @@ class ZeroShot(nn.Module):
             RuntimeError: If the model is in training mode.
         """
         names = checked_names(labels, least=1 if multi_label else 2)
-        check_ranking(top_k=top_k, threshold=threshold, count=len(names))
-        single = isinstance(texts, str)
+        check_ranking(top_k=top_k, min_score=min_score, several=multi_label, count=len(names))
+        items = [texts] if isinstance(texts, str) else checked_texts(texts)
         scores, cut = self._scored(
-            [texts] if isinstance(texts, str) else checked_texts(texts),
-            names,
-            template,
-            multi_label,
-            long,
-            max_tokens,
-            progress,
+            items, names, template, multi_label, long, max_tokens, cache, progress
         )
-        if cut:
-            warnings.warn(f"{cut} texts were too long for the model and were cut", stacklevel=2)
-        found = ranked(scores, names, top_k=top_k, several=multi_label, threshold=threshold)
-        return found[0] if single else found
+        truncated = [text in cut for text in items]
+        found = ranked(
+            scores,
+            names,
+            top_k=top_k,
+            several=multi_label,
+            min_score=min_score,
+            truncated=truncated,
+        )
+        return found[0] if isinstance(texts, str) else found
 
     def scores(
         self,
@@ -194,6 +216,7 @@ class ZeroShot(nn.Module):
         multi_label: bool = False,
         long: Long = "truncate",
         max_tokens: int | Literal["auto"] = "auto",
+        cache: EmbeddingCache | str | os.PathLike[str] | None = None,
         progress: bool = False,
     ) -> Tensor:
         """Probability of every label for every text.
@@ -205,9 +228,9 @@ class ZeroShot(nn.Module):
         """
         names = checked_names(labels, least=1 if multi_label else 2)
         items = [texts] if isinstance(texts, str) else checked_texts(texts)
-        scores, cut = self._scored(items, names, template, multi_label, long, max_tokens, progress)
-        if cut:
-            warnings.warn(f"{cut} texts were too long for the model and were cut", stacklevel=2)
+        scores, _ = self._scored(
+            items, names, template, multi_label, long, max_tokens, cache, progress
+        )
         return scores[0] if isinstance(texts, str) else scores
 
     def _scored(
@@ -218,8 +241,10 @@ class ZeroShot(nn.Module):
         multi_label: bool,
         long: Long,
         max_tokens: int | Literal["auto"],
+        cache: EmbeddingCache | str | os.PathLike[str] | None,
         progress: bool,
-    ) -> tuple[Tensor, int]:
+    ) -> tuple[Tensor, set[str]]:
+        """Scores, and the texts that were cut, of which a warning has said the number."""
         check_max_tokens(max_tokens)
         known = ("truncate", "error", "mean") if self.via == "embed" else ("truncate", "error")
         if long not in known:
@@ -229,6 +254,8 @@ class ZeroShot(nn.Module):
                 f"multi_label=True needs via='nli': via={self.via!r} only compares labels with"
                 " each other"
             )
+        if cache is not None and self.via != "embed":
+            raise ValueError(f"cache keeps vectors, and via={self.via!r} makes none; leave it out")
         if template.count("{}") != 1:
             raise ValueError(f"template={template!r} has to hold {{}} once, for the label")
         if self.via == "lm" and template != TEMPLATE:
@@ -239,12 +266,16 @@ class ZeroShot(nn.Module):
         unique = list(dict.fromkeys(texts))
         if self.via == "embed":
             labels = self.model.encode(sentences)
-            vectors = self.model.encode(texts, long=long, max_tokens=max_tokens, progress=progress)
-            return (similarity(vectors, labels) / self._temperature).softmax(-1), 0
+            vectors, left_out = self.model.vectors_and_cuts(
+                texts, long=long, max_tokens=max_tokens, cache=cache, progress=progress
+            )
+            cut = {text for text, is_cut in zip(texts, left_out, strict=True) if is_cut}
+            return (similarity(vectors, labels) / self._temperature).softmax(-1), cut
         if self.via == "nli":
             scores, cut = self._entail(unique, sentences, multi_label, long, max_tokens, progress)
         else:
             scores, cut = self._ask(unique, names, long, max_tokens)
+        _warn_cut(cut)
         places = {text: index for index, text in enumerate(unique)}
         where = torch.tensor([places[text] for text in texts], dtype=torch.int64)
         return scores[where.to(scores.device)], cut
@@ -257,7 +288,7 @@ class ZeroShot(nn.Module):
         long: Long,
         max_tokens: int | Literal["auto"],
         progress: bool,
-    ) -> tuple[Tensor, int]:
+    ) -> tuple[Tensor, set[str]]:
         if multi_label and self._contradicted is None:
             raise ValueError(
                 f"multi_label=True weighs entailment against contradiction, which {self.model.name}"
@@ -280,12 +311,12 @@ class ZeroShot(nn.Module):
         logits = logits / self._temperature
         entailed = logits[..., self._entailed]
         if not multi_label:
-            return entailed.softmax(-1), len(cut)
-        return (entailed - logits[..., self._contradicted]).sigmoid(), len(cut)
+            return entailed.softmax(-1), cut
+        return (entailed - logits[..., self._contradicted]).sigmoid(), cut
 
     def _ask(
         self, texts: list[str], names: list[str], long: Long, max_tokens: int | Literal["auto"]
-    ) -> tuple[Tensor, int]:
+    ) -> tuple[Tensor, set[str]]:
         answers = [self._ids(name if self._chats else f" {name}") for name in names]
         before, after = self._frame(names)
         limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
@@ -296,12 +327,12 @@ class ZeroShot(nn.Module):
                 " model; use fewer or shorter labels"
             )
         found: list[list[int]] = []
-        cut = 0
+        cut = set[str]()
         with named_surrogates(texts):
             tokens = [self._ids(text, plain=True) for text in texts]
         for index, (text, ids) in enumerate(zip(texts, tokens, strict=True)):
             if len(ids) > room:
-                cut += 1
+                cut.add(text)
                 if long == "error":
                     raise ValueError(
                         f"{text[:60]!r} (different text {index}) has {len(ids)} tokens, {room} fit;"
@@ -370,6 +401,11 @@ def entailment_indices(classifier: Classifier) -> tuple[int, int | None]:
     return entailed[0], against[0] if len(against) == 1 else None
 
 
+def _warn_cut(cut: set[str]) -> None:
+    if cut:
+        warnings.warn(f"{len(cut)} texts were too long for the model and were cut", stacklevel=4)
+
+
 def _kind_of(model: Any) -> str:
     if isinstance(model, Classifier):
         return "nli"
@@ -383,7 +419,7 @@ def _kind_of(model: Any) -> str:
     )
 
 
-def _load(name: str | os.PathLike[str], via: Via) -> tuple[Any, Any]:
+def _load(name: str | os.PathLike[str], via: Via, device: torch.device) -> tuple[Any, Any]:
     """Load what a hub id or a folder holds, as ``via`` says or as its configuration does."""
     if via == "auto" and Path(name).suffix == ".gguf":
         via = "lm"
@@ -393,10 +429,16 @@ def _load(name: str | os.PathLike[str], via: Via) -> tuple[Any, Any]:
         )
         via = _via_of(folder)
     if via == "nli":
-        return Classifier.from_pretrained(name), None
+        try:
+            return Classifier.from_pretrained(name, device=device), None
+        except MissingHeadError as error:
+            raise MissingHeadError(
+                error.lack,
+                "Use a model trained on natural language inference, such as"
+                " 'MoritzLaurer/ModernBERT-base-zeroshot-v2.0', or via='embed'",
+            ) from error
     if via == "embed":
-        return Encoder.from_pretrained(name), None
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return Encoder.from_pretrained(name, device=device), None
     model, tokenizer = load_generator(
         name,
         dtype=_backbone.resolve_dtype("auto", device),
