@@ -427,6 +427,7 @@ def test_real_questions_and_reviews(minilm, text_data):
 
 
 def test_a_gguf_file_is_a_language_model(tmp_path):
+    pytest.importorskip("gguf")
     with pytest.raises(FileNotFoundError, match=r"x\.gguf' is no file on this machine"):
         ZeroShot(tmp_path / "x.gguf")
 

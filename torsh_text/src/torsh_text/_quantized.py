@@ -317,7 +317,8 @@ def quantize(vectors: Tensor | np.ndarray, to: Quantization) -> QuantizedVectors
             positive = torch.nn.functional.pad((part > 0).to(torch.uint8), (0, -dim % 8))
             codes[here] = (positive.unflatten(1, (-1, 8)) * bits).sum(-1, dtype=torch.uint8)
         else:
-            scale = part.abs().amax(1) / 127
+            # by a tensor: CUDA multiplies by the inverse of a number
+            scale = part.abs().amax(1) / part.new_tensor(127.0)
             scales[here] = scale
             steps = torch.where(scale > 0, scale, 1).unsqueeze(1)
             codes[here] = (part / steps).round().clamp(-127, 127).to(torch.int8)
