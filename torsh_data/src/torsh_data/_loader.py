@@ -2,38 +2,29 @@
 
 import os
 import warnings
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Generator, Iterator, Mapping
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal, TypeAlias, cast
+from typing import Any, TypeAlias, cast
 
-import numpy as np
 import torch
-import xxhash
-from torch.utils.data import (
-    ConcatDataset,
-    DataLoader,
-    Dataset,
-    Sampler,
-    Subset,
-    default_collate,
-    get_worker_info,
-)
+from torch.utils.data import Dataset
 
 from torsh_data._dataset import ShardedDataset
-from torsh_data._order import CHUNK, Ids, Order
-from torsh_data._parcel import Parcel, pack, unpack
-from torsh_data._rng import fold, sample_keys, stream
+from torsh_data._fingerprint import identify
+from torsh_data._mixture import Mixture
+from torsh_data._order import Order
+from torsh_data._reader import Batch, Collate, Reader
+from torsh_data._requests import DropLast, EpochOrder, Requests, share
+from torsh_data._rng import fold
 from torsh_data._sizes import parse_bytes
+from torsh_data._stats import LoaderStats, Stopwatch
+from torsh_data._workers import Workers, deliveries
 
-Batch: TypeAlias = Any  # what collate_fn returns
-Collate: TypeAlias = Callable[[list[Any]], Batch]
 State: TypeAlias = dict[str, int | str]
-DropLast: TypeAlias = bool | Literal["pad"]
 
 _VERSION = 1
 _WINDOW = "2GB"
-_OURS = ("key", "index", "valid")
 
 
 class StreamLoader:
@@ -62,9 +53,14 @@ class StreamLoader:
         window: How much of the data set is mixed at a time, as bytes (`"2GB"`) or a number of rows.
             Up to two windows are in use at once, so half the memory that the page cache may take is
             a good size, and what fits in whole is shuffled uniformly. Data sets other than
-            `ShardedDataset` have no blocks to respect and are always shuffled uniformly.
+            `ShardedDataset` have no blocks to respect and are always shuffled uniformly. In a
+            `Mixture` each part has a window of this size.
         epoch: The first epoch.
-        num_workers: Worker processes; 0 reads in this process.
+        num_workers: How many workers read ahead; 0 reads in the loop itself.
+        workers: `"process"`, or `"thread"` for data sets that release the interpreter's lock while
+            they work (`torchvision.io` decoding, most of NumPy and torch): batches are handed over
+            without a copy, and memory is shared. The data set must allow several threads, as
+            `ShardedDataset` does.
         collate_fn: Makes a batch of a list of samples; torch's `default_collate` by default.
         drop_last: What to do with the samples that do not fill the last global batch. True leaves
             them out; False deals them out to the ranks in equal parts, so that a rank may get
@@ -100,6 +96,7 @@ class StreamLoader:
         window: str | int = _WINDOW,
         epoch: int = 0,
         num_workers: int = 0,
+        workers: Workers = "process",
         collate_fn: Collate | None = None,
         drop_last: DropLast = True,
         rank: int | None = None,
@@ -124,6 +121,8 @@ class StreamLoader:
         ):
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise ValueError(f"{name}={value!r} must be a whole number, at least {least}")
+        if workers not in ("process", "thread"):
+            raise ValueError(f"workers={workers!r}; use 'process' or 'thread'")
         if drop_last not in (True, False, "pad"):
             raise ValueError(f"drop_last={drop_last!r}; use True, False or 'pad'")
         if (rank is None) != (world_size is None):
@@ -133,6 +132,7 @@ class StreamLoader:
         self.dataset = dataset
         self.batch_size = batch_size
         self.num_workers = num_workers
+        self.workers: Workers = workers
         self.collate_fn = collate_fn
         self.drop_last: DropLast = drop_last
         self.prefetch_factor = prefetch_factor
@@ -140,11 +140,12 @@ class StreamLoader:
         self._rows = len(cast("Any", dataset))
         if self._rows < 1:
             raise ValueError("dataset is empty")
-        self._order = _plan(dataset, self._rows, batch_size, seed, window if shuffle else 0)
+        self._order = _plan(dataset, batch_size, seed, window if shuffle else 0)
         self._fingerprint: str | None = None
         self._epoch, self._position = epoch, 0
         self._running: object | None = None  # the newest iterator, while it may move the state
         self._left_midway = False
+        self._watch = Stopwatch(workers, num_workers)
         self._steps()
 
     @property
@@ -193,12 +194,12 @@ class StreamLoader:
         rest = self._rows - whole * step
         if self.drop_last is True or rest == 0:
             return whole
-        return whole + (self.drop_last == "pad" or _share(rest, rank, world)[1] > 0)
+        return whole + (self.drop_last == "pad" or share(rest, rank, world)[1] > 0)
 
     def state_dict(self) -> State:
         """The place in the stream: JSON-able, below 500 bytes, the same on all ranks."""
         if self._fingerprint is None:
-            self._fingerprint = _fingerprint(self.dataset, self._rows)
+            self._fingerprint = identify(self.dataset)
         return {
             "version": _VERSION,
             "epoch": self._epoch,
@@ -245,6 +246,18 @@ class StreamLoader:
             raise ValueError(f"state_dict has position={position}, beyond {self._rows} samples")
         self._move(int(epoch), int(position))
 
+    def stats(self) -> LoaderStats:
+        """Where the time of the newest loop went; print it to see what limits the loop.
+
+        Example:
+            >>> loader = StreamLoader([{"x": n} for n in range(64)], batch_size=8)
+            >>> for batch in loader:
+            ...     _ = sum(range(20_000))  # a step that takes its time
+            >>> loader.stats().batches, loader.stats().bottleneck in ("step", "read", "collate")
+            (8, True)
+        """
+        return self._watch.stats()
+
     def set_epoch(self, epoch: int) -> None:
         """Go to the start of an epoch; the place in the current one is kept.
 
@@ -286,6 +299,10 @@ class StreamLoader:
         return max(0, left // step if self.drop_last is True else -(-left // step))
 
     def __iter__(self) -> Iterator[Batch]:
+        return _received(self._draw())
+
+    def _draw(self) -> Generator[tuple[Batch, Callable[[], None]]]:
+        """Batches, each with what to call when the loop receives it, which moves the state."""
         if self._left_midway:
             self._move(self._epoch + 1, 0)
         if self._batches_left(self._position) == 0:  # after a resume with larger batches
@@ -293,50 +310,58 @@ class StreamLoader:
         me = self._running = object()
         return self._deliver(me, self._epoch, self._position)
 
-    def _deliver(self, me: object, epoch: int, position: int) -> Iterator[Batch]:
+    def _deliver(
+        self, me: object, epoch: int, position: int
+    ) -> Generator[tuple[Batch, Callable[[], None]]]:
         rank, world = self._find_topology()
         step, _ = self._steps()
-        requests = _Requests(
+        requests = Requests(
             self._order, epoch, position, self.batch_size, rank, world, self.drop_last
         )
-        source = _Reader(self.dataset, self.collate_fn, self._order.seed, self.drop_last == "pad")
-        batches: DataLoader[Batch] = DataLoader(
-            source,
-            batch_size=None,
-            sampler=requests,
-            num_workers=self.num_workers,
-            collate_fn=_as_is,
-            prefetch_factor=self.prefetch_factor if self.num_workers else None,
-            generator=torch.Generator().manual_seed(fold(self._order.seed, epoch) >> 1),
+        reader = Reader(self.dataset, self.collate_fn, self._order.seed, self.drop_last == "pad")
+        watch = self._watch = Stopwatch(self.workers, self.num_workers)
+        arriving = deliveries(
+            reader,
+            requests,
+            workers=self.workers,
+            count=self.num_workers,
+            ahead=self.prefetch_factor,
+            seed=fold(self._order.seed, epoch) >> 1,
         )
         last = len(requests)
         if not last and self._running is me:  # the other ranks share the few samples that are left
             self._move(epoch + 1, 0)
-        for number, received in enumerate(batches, 1):
-            batch = unpack(received) if isinstance(received, Parcel) else received
-            if self._running is me:
-                # Before the yield: whoever stops asking after len(self) batches, as Trainers do,
-                # never runs what comes after the last one.
-                if number == last:
-                    self._move(epoch + 1, 0)
-                else:
-                    self._position = position + number * step
-                    self._left_midway = True
-            yield batch
+        for number, batch in enumerate(watch.time(arriving), 1):
+            place = (epoch + 1, 0) if number == last else (epoch, position + number * step)
+            yield batch, partial(self._arrive, me, *place)
+
+    def _arrive(self, me: object, epoch: int, position: int) -> None:
+        if self._running is not me:
+            return
+        if position == 0:
+            self._move(epoch, 0)
+        else:
+            self._position, self._left_midway = position, True
 
 
-def _share(rest: int, rank: int, world: int) -> tuple[int, int]:
-    """Offset and size of a rank's part of an incomplete global batch."""
-    start = rest * rank // world
-    return start, rest * (rank + 1) // world - start
+def _received(drawn: Generator[tuple[Batch, Callable[[], None]]]) -> Iterator[Batch]:
+    for batch, arrive in drawn:
+        # Before the yield: whoever stops asking after len(self) batches, as Trainers do, never runs
+        # what comes after the last one.
+        arrive()
+        yield batch
 
 
-def _plan(dataset: Dataset[Any], rows: int, batch_size: int, seed: int, window: str | int) -> Order:
+def _plan(dataset: Dataset[Any], least: int, seed: int, window: str | int) -> EpochOrder:
+    """The order of a data set; a window has to hold `least` rows, 0 for a part of a mixture."""
+    rows = len(cast("Any", dataset))
+    if isinstance(dataset, Mixture):
+        parts = [_plan(part, 0, seed, window) for part in dataset.datasets]
+        return dataset.order(seed, parts)
     if window == 0 and not isinstance(window, bool):
         return Order(rows, seed)
-    block_rows = dataset.block_rows if isinstance(dataset, ShardedDataset) else 1
     if not isinstance(dataset, ShardedDataset):
-        if window != _WINDOW:
+        if window != _WINDOW and least:
             warnings.warn(
                 f"window={window!r} has no effect: a {type(dataset).__name__} has no blocks and is "
                 "shuffled uniformly",
@@ -347,132 +372,9 @@ def _plan(dataset: Dataset[Any], rows: int, batch_size: int, seed: int, window: 
         wanted = window
     else:
         wanted = int(parse_bytes(window, "window") / dataset.nbytes * rows)
-    if wanted < min(batch_size, rows):
+    if wanted < min(least, rows):
         raise ValueError(
-            f"window={window!r} holds {wanted} rows, less than one batch of {batch_size}; use a "
+            f"window={window!r} holds {wanted} rows, less than one batch of {least}; use a "
             "larger window"
         )
-    return Order(rows, seed, min(wanted, rows), block_rows)
-
-
-def _fingerprint(dataset: Dataset[Any], rows: int) -> str:
-    for name in ("fingerprint", "_fingerprint"):  # ours, and that of datasets.Dataset
-        known = getattr(dataset, name, None)
-        if isinstance(known, str):
-            return known
-    digest = xxhash.xxh3_128(f"{type(dataset).__name__}:{rows}".encode())
-    if isinstance(dataset, Subset):
-        indices = np.asarray(dataset.indices)
-        plain = indices.astype(np.int64).tobytes() if indices.dtype.kind in "iu" else None
-        digest.update(repr(list(dataset.indices)).encode() if plain is None else plain)
-        digest.update(_fingerprint(dataset.dataset, len(cast("Any", dataset.dataset))).encode())
-    elif isinstance(dataset, ConcatDataset):
-        for part in dataset.datasets:
-            digest.update(_fingerprint(part, len(cast("Any", part))).encode())
-    return digest.hexdigest()
-
-
-@dataclass(frozen=True)
-class _Request:
-    """One batch to read."""
-
-    epoch: int
-    ids: Ids
-    valid: int
-
-
-class _Requests(Sampler[_Request]):
-    """One rank's batches from a position to the end of the epoch."""
-
-    def __init__(
-        self,
-        order: Order,
-        epoch: int,
-        position: int,
-        batch_size: int,
-        rank: int,
-        world: int,
-        drop_last: DropLast,
-    ) -> None:
-        self.order, self.epoch, self.position = order, epoch, position
-        self.batch_size, self.rank, self.world, self.drop_last = batch_size, rank, world, drop_last
-        self.step = batch_size * world
-        self.whole, self.rest = divmod(order.rows - position, self.step)
-
-    def _tail(self) -> tuple[Ids, int] | None:
-        """Positions of the incomplete last batch, and how many of them are not padding."""
-        if self.drop_last is True or self.rest == 0:
-            return None
-        begin = self.order.rows - self.rest
-        if self.drop_last == "pad":
-            positions = begin + np.arange(self.batch_size) + self.rank * self.batch_size
-            valid = int(np.clip(self.order.rows - positions[0], 0, self.batch_size))
-            return positions % self.order.rows, valid
-        start, size = _share(self.rest, self.rank, self.world)
-        return (begin + start + np.arange(size), size) if size else None
-
-    def __len__(self) -> int:
-        return self.whole + (self._tail() is not None)
-
-    def __iter__(self) -> Iterator[_Request]:
-        size = self.batch_size
-        together = max(1, CHUNK // size)
-        mine = self.position + self.rank * size + np.arange(size)
-        for first in range(0, self.whole, together):
-            steps = np.arange(first, min(first + together, self.whole)) * self.step
-            ids = self.order(self.epoch, (steps[:, None] + mine).reshape(-1))
-            for batch in ids.reshape(-1, size):
-                yield _Request(self.epoch, batch, size)
-        tail = self._tail()
-        if tail is not None:
-            yield _Request(self.epoch, self.order(self.epoch, tail[0]), tail[1])
-
-
-class _Reader(Dataset[Batch]):
-    """Reads one batch for each request, here or in a worker."""
-
-    def __init__(
-        self, dataset: Dataset[Any], collate: Collate | None, seed: int, pad: bool
-    ) -> None:
-        self.dataset, self.collate, self.seed, self.pad = dataset, collate, seed, pad
-
-    def __getitem__(self, index: _Request) -> Batch:
-        request = index
-        token = stream.set((self.seed, request.epoch))
-        try:
-            batch = self._read(request.ids)
-        finally:
-            stream.reset(token)
-        if not isinstance(batch, dict):
-            if self.pad:
-                raise TypeError(
-                    f"drop_last='pad' marks the padding in the batch, which is a "
-                    f"{type(batch).__name__}; let samples be mappings or use drop_last=False"
-                )
-            return batch
-        taken = [name for name in _OURS[: 2 + self.pad] if name in batch]
-        if taken:
-            raise ValueError(
-                f"samples have a column {taken[0]!r}, which StreamLoader adds to its batches; "
-                "rename it, or leave it out with columns="
-            )
-        batch["key"] = torch.from_numpy(sample_keys(self.seed, request.epoch, request.ids))
-        batch["index"] = torch.from_numpy(request.ids.copy())
-        if self.pad:
-            batch["valid"] = torch.arange(len(request.ids)) < request.valid
-        return batch if get_worker_info() is None else pack(batch)
-
-    def _read(self, ids: Ids) -> Batch:
-        dataset = cast("Any", self.dataset)
-        is_plain = isinstance(dataset, ShardedDataset) and dataset.transform is None
-        if is_plain and self.collate is None:
-            return dataset.read_batch(ids)
-        if hasattr(dataset, "__getitems__"):
-            samples = dataset.__getitems__(ids.tolist())
-        else:
-            samples = [dataset[i] for i in ids.tolist()]
-        return (self.collate or default_collate)(samples)
-
-
-def _as_is(batch: Batch) -> Batch:
-    return batch
+    return Order(rows, seed, min(wanted, rows), dataset.block_rows)
