@@ -147,6 +147,9 @@ def test_missing_folders_are_not_looked_for_on_the_hub(name):
 def test_a_folder_without_a_model_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"holds no model: neither config.json"):
         Encoder.from_pretrained(tmp_path)
+    (tmp_path / "few_shot.json").write_text("{}")
+    with pytest.raises(FileNotFoundError, match=r"the folder of a FewShot; FewShot\.load reads"):
+        Encoder.from_pretrained(tmp_path)
 
 
 def test_positions_and_lengths(folder):

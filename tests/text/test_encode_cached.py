@@ -110,25 +110,41 @@ def test_cached_truncation_is_reported_and_refused(tiny, tmp_path):
         tiny.encode([texts[1], *fresh], cache=tmp_path, long="error")
 
 
-def test_finished_windows_stay_in_the_cache(tiny, tmp_path, monkeypatch):
-    monkeypatch.setattr("torsh_text._runtime.WINDOW", 8)
+def test_what_was_computed_stays_in_the_cache(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr("torsh_text._encoder.KEPT_WINDOW", 8)
     rows = Rows(tiny)
-    texts = [f"w{n}" for n in range(10, 40)]
-    tiny.encode(texts[:3], cache=tmp_path)
+    texts = [f"w{n} {'w5 ' * 17}" for n in range(10, 40)] + random_texts([90], seed=3)
+    tiny.encode(texts[:3], cache=tmp_path, long="mean")
 
     def stop(*_):
-        if rows.count > 20:
+        if rows.count > 22:
             raise KeyboardInterrupt
 
     hook = tiny.backbone.register_forward_pre_hook(stop)
     with pytest.raises(KeyboardInterrupt):
-        tiny.encode(texts, cache=tmp_path)
+        tiny.encode(texts, cache=tmp_path, max_tokens=40, long="mean")
     hook.remove()
-    assert EmbeddingCache(tmp_path).stats().rows == 3 + 16
+    kept = EmbeddingCache(tmp_path).stats().rows
+    assert kept == 3 + 16 + 2  # two windows, and the first two texts of the third
     rows.taken()
-    found = tiny.encode(texts, cache=tmp_path)
-    assert rows.taken() == 30 - 19
-    assert (found - tiny.encode(texts)).abs().max() <= 2e-6
+    found = tiny.encode(texts, cache=tmp_path, long="mean")
+    assert rows.taken() == 31 + 2 - kept  # the last text has three pieces
+    assert (found - tiny.encode(texts, long="mean")).abs().max() <= 2e-6
+
+
+def test_a_text_of_which_a_piece_is_missing_is_not_kept(tiny, tmp_path):
+    texts = [*random_texts([90]), "w5", "w6 w7"]  # three pieces, the longest of which come first
+    rows = Rows(tiny)
+
+    def stop(*_):
+        if rows.count == 2:
+            raise RuntimeError("no more")
+
+    hook = tiny.backbone.register_forward_pre_hook(stop)
+    with pytest.raises(RuntimeError, match="no more"):
+        tiny.encode(texts, cache=tmp_path, max_tokens=40, long="mean")
+    assert EmbeddingCache(tmp_path).stats().rows == 0
+    hook.remove()
 
 
 def test_vectors_that_are_not_finite_are_never_kept(tiny, tmp_path):

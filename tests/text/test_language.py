@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tests.text.fasttext_files import write_model
-from torsh_text._language import UNKNOWN, Language, LanguageDetector, _installed_model
+from torsh_text._language import UNKNOWN, Language, LanguageDetector, installed_model
 from torsh_text._language_names import NAMES
 from torsh_text._language_spans import best_path, units
 from torsh_text._subwords import Subwords
@@ -61,7 +61,7 @@ def small(tmp_path):
 
 
 def test_accuracy_is_the_engines(detector, tatoeba):
-    engine = pytest.importorskip("fasttext").load_model(str(_installed_model()))
+    engine = pytest.importorskip("fasttext").load_model(str(installed_model()))
     codes, texts = tatoeba
     found = detector.predict(texts)
     expected = [engine.predict(text) for text in texts]

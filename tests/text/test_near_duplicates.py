@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from torsh_text import near_duplicates, similarity
+from torsh_text import near_duplicates, quantize, similarity
 from torsh_text._near_duplicates import _components, _similar_sets
 
 
@@ -189,3 +189,18 @@ def test_refuses_what_does_not_fit():
     x[2, 1] = float("nan")
     with pytest.raises(ValueError, match=r"x\[2\] is not finite"):
         near_duplicates(x)
+
+
+@pytest.mark.parametrize("kind", ["int8", "binary"])
+def test_quantized_vectors(kind):
+    x = torch.randn(40, 24)
+    x[7], x[31] = x[3], x[3] + 1e-3 * torch.randn(24)
+    small = quantize(x, kind)
+    found, plain = near_duplicates(small, 0.6), near_duplicates(small.dequantize(), 0.6)
+    assert found.pairs.tolist() == plain.pairs.tolist()
+    torch.testing.assert_close(found.scores, plain.scores)
+    assert {3, 7, 31} <= set(found.groups[0])
+    if kind == "int8":
+        small.scales[5] = torch.nan
+        with pytest.raises(ValueError, match=r"x\[5\] is not finite"):
+            near_duplicates(small)

@@ -7,7 +7,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from torsh_text import QuantizedVectors, mine_pairs, quantize, search, similarity
+from torsh_text import (
+    QuantizedVectors,
+    TopicModel,
+    cluster,
+    mine_pairs,
+    quantize,
+    search,
+    similarity,
+)
 
 _finite = st.floats(-(2.0**127), 2.0**127, width=32)
 
@@ -242,10 +250,8 @@ def test_refuses_what_does_not_fit():
 def test_search_refuses_what_does_not_fit():
     x = torch.randn(5, 12)
     small = quantize(x, "binary")
-    with pytest.raises(ValueError, match="k=6 is not between 1 and the 5 rows"):
-        search(x, small, 6)
-    with pytest.raises(ValueError, match="k=1 is not between 1 and the 0 rows"):
-        search(x, small[:0], 1)
+    assert search(x, small, 6).ids.shape == (5, 5)
+    assert search(x, small[:0], 1).ids.shape == (5, 0)
     with pytest.raises(ValueError, match="queries have 11 entries a vector, the corpus has 12"):
         search(x[:, :11], small, 1)
     with pytest.raises(ValueError, match="metric='l2'"):
@@ -318,3 +324,35 @@ def test_recall_on_real_sentences(minilm, text_data):
     assert recall(search(q, coarse, 10).ids) >= 0.74
     assert recall(search(quantize(q, "binary"), coarse, 10).ids) >= 0.62
     assert recall(search(q, coarse, 10, rescore=fine).ids) >= 0.97
+
+
+@pytest.mark.parametrize("kind", ["int8", "binary"])
+def test_one_row_by_any_integer(kind):
+    small = quantize(torch.randn(5, 12), kind)
+    for row in (3, np.int64(3), np.array(3), torch.tensor(3), -2):
+        assert small[row].shape == (12,)
+        assert torch.equal(small[row].codes, small.codes[3])
+    assert small[np.array([3])].shape == small[torch.tensor([3])].shape == (1, 12)
+    with pytest.raises(TypeError, match="integer"):
+        small[1.0]
+
+
+@pytest.mark.parametrize("kind", ["int8", "binary"])
+def test_what_takes_no_codes_says_what_to_do(kind):
+    small = quantize(torch.randn(5, 12), kind)
+    with pytest.raises(TypeError, match=r"\.dequantize\(\)\.numpy\(\)"):
+        np.asarray(small)
+    with pytest.raises(TypeError, match=r"x is a QuantizedVectors; pass x\.dequantize\(\)"):
+        cluster(small)
+    with pytest.raises(TypeError, match=r"pass vectors\.dequantize\(\)"):
+        TopicModel(k=2).fit(["a b"] * 5, vectors=small)
+
+
+def test_a_damaged_dim_is_noticed(tmp_path):
+    path = tmp_path / "small"
+    quantize(torch.randn(5, 12), "binary").save(path)
+    content = path.read_bytes()
+    assert content.count(b'"dim":"12"') == 1
+    path.write_bytes(content.replace(b'"dim":"12"', b'"dim":"13"'))
+    with pytest.raises(ValueError, match="blake2b does not match"):
+        QuantizedVectors.load(path)

@@ -262,3 +262,20 @@ def test_trains_in_a_lightning_loop(packed, tmp_path):
     )  # fmt: skip
     trainer.fit(net, loader)
     assert sum(net.losses[-10:]) < 0.3 * sum(net.losses[:10])
+
+
+@pytest.mark.parametrize("label", [3, -1, 1.0, True, torch.tensor(True), torch.tensor(1.0)])
+def test_numbers_that_are_no_label_are_refused(label):
+    collate = Collator(make_classifier(id2label={0: "ham", 1: "eggs", 2: "spam"}))
+    for first in (0, torch.zeros_like(torch.as_tensor(label))):
+        with pytest.raises(
+            (TypeError, ValueError), match=r"items\[[01]\] has the label .*3 labels"
+        ):
+            collate([("w5", first), ("w6", label)])
+
+
+def test_says_what_it_wants_instead():
+    with pytest.raises(TypeError, match="model is a str; pass an Encoder"):
+        Collator("path")
+    with pytest.raises(TypeError, match="lengths has to be a list of the numbers of tokens"):
+        TokenBudgetSampler(["a text", "another"], 100)

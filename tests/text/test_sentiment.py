@@ -17,6 +17,7 @@ def make_sentiment(*names, **options):
     [
         (["NEGATIVE", "POSITIVE"], [-1, 1]),
         (["POS", "NEU", "NEG"], [1, 0, -1]),
+        (["Bad", "GOOD"], [-1, 1]),
         (["LABEL_0", "LABEL_1"], [-1, 1]),
         (["LABEL_0", "LABEL_1", "LABEL_2"], [-1, 0, 1]),
         (["1 star", "2 stars", "3 stars", "4 stars", "5 stars"], [-1, -0.5, 0, 0.5, 1]),

@@ -70,8 +70,11 @@ def test_corpus_may_stay_on_the_host():
 
 def test_refuses_what_does_not_fit():
     x = torch.randn(5, 4)
-    with pytest.raises(ValueError, match="k=6 is not between 1 and the 5 rows"):
-        search(x, x, 6)
+    for bad in (True, 2.0, "3"):
+        with pytest.raises(TypeError, match=f"k={bad!r} is no integer"):
+            search(x, x, bad)
+    with pytest.raises(ValueError, match="k=0 is not positive"):
+        search(x, x, 0)
     with pytest.raises(ValueError, match="queries have 3 entries a vector, the corpus has 4"):
         search(x[:, :3], x, 1)
     with pytest.raises(ValueError, match="metric='l2'"):
@@ -202,3 +205,11 @@ def test_arrays_are_vectors_too(tmp_path):
             search(x[0], bad, 1)
     with pytest.raises(ValueError, match=r"expected \(rows, dim\)"):
         mine_pairs(x.numpy()[0], k=1)
+
+
+def test_a_small_corpus_comes_back_whole():
+    x = torch.randn(12, 4)
+    assert search(x, x).ids.shape == (12, 10)
+    found = search(x[0], x, k=50)
+    assert found.ids.tolist() == search(x[0], x, k=12).ids.tolist()
+    assert search(x, x[:0], rescore=x[:0]).scores.shape == (12, 0)

@@ -1,6 +1,7 @@
 import json
 import random
 import re
+import textwrap
 from collections import Counter
 
 import pytest
@@ -82,8 +83,10 @@ def test_odd_texts(minilm):
     assert one.sentences == (KeySentence("One sentence", 0, 12, pytest.approx(1)),)
     assert chinese.text == "今天很冷。我们在家。"
     assert summarizer.extract([]) == []
-    # far beyond the 256 tokens of the model: averaged, not cut, and so without a warning
-    assert len(summarizer.extract("word " * 600 + ". The end.").sentences) == 2
+    # far beyond the 256 tokens of the model: averaged, not cut
+    with pytest.warns(UserWarning, match="1 of 1 texts hold a sentence of more than 400") as told:
+        assert len(summarizer.extract("word " * 600 + ". The end.").sentences) == 2
+    assert len(told) == 1
 
 
 def test_texts_without_marks_between_sentences(minilm):
@@ -92,8 +95,9 @@ def test_texts_without_marks_between_sentences(minilm):
     lines = summarizer.extract("\n".join(plain) + "\n", sentences=2)
     assert [one.text in plain for one in lines.sentences] == [True, True]
     endless = " ".join(plain)
-    with pytest.warns(UserWarning, match="2 of 3 texts are one sentence of more than 600") as told:
-        whole, _, short = summarizer.extract([endless, endless + " ", plain[0]], sentences=1)
+    texts = [endless, "Hello. " + endless + " ", plain[0]]
+    with pytest.warns(UserWarning, match="2 of 3 texts hold a sentence of more than 400") as told:
+        whole, _, short = summarizer.extract(texts, sentences=1)
     assert told[0].filename == __file__
     assert len(told) == 1
     assert whole.text == endless
@@ -299,3 +303,29 @@ def test_a_real_model_says_what_the_text_is_about():
     assert "bridge" in summary.text
     assert summary.text not in NEWS
     assert torch.is_inference_mode_enabled() is False
+
+
+def test_a_long_sentence_in_wrapped_lines_stays_whole(minilm):
+    long = "It begins here and " + ", ".join(f"goes on with clause {n}" for n in range(40)) + "."
+    wrapped = textwrap.fill(f"A short one comes first. {long} The end.", 80)
+    with pytest.warns(UserWarning, match="1 of 1 texts hold a sentence"):
+        found = Summarizer(encoder=minilm).extract(wrapped, sentences=9).sentences
+    assert [one.text.replace("\n", " ") for one in found] == [
+        "A short one comes first.",
+        long,
+        "The end.",
+    ]
+
+
+def test_lines_divide_scripts_without_spaces_and_marks(minilm):
+    lines = ["\u0e01" * n for n in (90, 40, 120, 60, 100)] * 2
+    text = "Thai follows.\n\n" + "\n".join(lines)
+    found = Summarizer(encoder=minilm).extract(text, sentences=20).sentences
+    assert [one.text for one in found] == ["Thai follows.", *lines]
+    assert all(text[one.start : one.end] == one.text for one in found)
+
+
+def test_a_device_is_for_what_is_loaded(minilm, minilm_path):
+    assert Summarizer(encoder=minilm_path, device="cpu").encoder.backbone.device.type == "cpu"
+    with pytest.raises(ValueError, match="device='cpu' is for a path or hub id"):
+        Summarizer(encoder=minilm, device="cpu")

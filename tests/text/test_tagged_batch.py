@@ -1,3 +1,4 @@
+import numpy as np
 import pytest
 import torch
 
@@ -67,3 +68,29 @@ def test_what_collate_refuses(tiny):
     tiny.crf = CRF(5, tiny.scheme.transitions())
     with pytest.raises(ValueError, match=r"example 0 break the rules of BIO.*: O I-x"):
         tiny.collate([(["w5", "w6"], ["O", "I-x"])])
+
+
+def test_tags_may_be_numbers_as_in_data_sets(tiny):
+    named = tiny.collate([(["w5", "w6"], ["B-x", "O"])])
+    numbers = [LABELS.index("B-x"), np.int64(LABELS.index("O"))]
+    assert tiny.collate([(["w5", "w6"], numbers)]).tags.tolist() == named.tags.tolist()
+
+
+@pytest.mark.parametrize(
+    ("example", "error", "message"),
+    [
+        (
+            (["w5"], [99]),
+            ValueError,
+            "example 0 has the tag 99; the 5 tags have the numbers 0 to 4",
+        ),
+        ((["w5"], [-1]), ValueError, "example 0 has the tag -1"),
+        ((["w5"], [True]), TypeError, "example 0 has the tag True"),
+        ((["w5"], [1.0]), TypeError, "example 0 has the tag 1.0"),
+        (([5], ["O"]), TypeError, "example 0 has the word 5, which is no string"),
+        (["w5"], TypeError, r"example 0 is \['w5'\]; pass \(words, tags\)"),
+    ],
+)
+def test_says_what_examples_are(tiny, example, error, message):
+    with pytest.raises(error, match=message):
+        tiny.collate([example])

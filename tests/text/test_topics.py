@@ -348,3 +348,35 @@ def test_scikit_learn_is_asked_for_where_it_is_missing():
     )
     assert done.returncode == 1
     assert "pip install 'torsh-text[topics]'" in done.stderr
+
+
+def test_long_documents_are_told_of_averaged_or_refused(tiny):
+    texts = [*random_texts([5, 6, 7]), *random_texts([60], seed=4)]
+    model = TopicModel(tiny, k=2, stop_words=None)
+    for method, arguments in (
+        (model.fit, (texts,)),
+        (model.transform, (texts,)),
+        (model.transform, (texts[3],)),
+        (model.update, (texts,)),
+        (model.over_time, (texts, [1, 1, 2, 2])),
+    ):
+        with pytest.warns(UserWarning, match="have more than max_length=40") as told:
+            method(*arguments)
+        assert [one.filename for one in told] == [__file__]
+        with pytest.raises(ValueError, match=r"texts\[[03]\] has more than max_length=40"):
+            method(*arguments, long="error")
+        method(*arguments, long="mean")
+    with pytest.warns(UserWarning, match="were cut"):
+        assert model.transform(texts).truncated.tolist() == [False, False, False, True]
+    assert not model.transform(texts[3], long="mean").truncated
+    x = tiny.encode(texts, long="mean")
+    with pytest.raises(ValueError, match="long='mean' has nothing to do"):
+        model.transform(texts, vectors=x, long="mean")
+    with pytest.raises(ValueError, match="method='nmf' looks at words alone"):
+        TopicModel(k=2, method="nmf").fit(texts, long="mean")
+
+
+def test_a_device_is_for_what_is_loaded(tiny, minilm_path):
+    assert TopicModel(minilm_path, device="cpu").encoder.backbone.device.type == "cpu"
+    with pytest.raises(ValueError, match="device='cpu' is for a path or hub id"):
+        TopicModel(tiny, device="cpu")

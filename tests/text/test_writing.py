@@ -2,7 +2,7 @@ import threading
 
 import pytest
 
-from torsh_text._writing import replacing, write_bytes
+from torsh_text._writing import replacing, staged_folder, write_bytes
 
 
 def test_replaces_with_the_usual_rights_or_not_at_all(tmp_path):
@@ -39,3 +39,12 @@ def test_threads_do_not_share_a_temporary_file(tmp_path):
     assert errors == []
     assert target.read_bytes() in contents
     assert list(tmp_path.iterdir()) == [target]
+
+
+def test_says_which_folder_is_missing(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"there is no folder '.*/x/y'; make it first"):
+        write_bytes(tmp_path / "x" / "y" / "file", b"one")
+    (tmp_path / "file").touch()
+    staged = staged_folder(tmp_path / "file")
+    with pytest.raises(FileExistsError, match=r"'.*/file' is a file; pass a folder"), staged:
+        pass

@@ -438,3 +438,32 @@ def test_a_device_is_for_what_is_loaded(minilm, minilm_path):
         ZeroShot(minilm_path, device="gpu")
     with pytest.raises(ValueError, match="device='cpu' is for a path or hub id"):
         ZeroShot(minilm, device="cpu")
+
+
+def test_errors_number_the_texts_as_they_were_given(monkeypatch):
+    monkeypatch.setattr("torsh_text._zero_shot._PAIRS", 3)
+    texts = ["w5", "w6", "w5", "w7", *random_texts([60])]
+    classifier = make_nli()
+    with pytest.raises(
+        ValueError, match=r"texts\[4\] has more .*; use long='truncate' or a larger"
+    ):
+        ZeroShot(classifier).predict(texts, WORDS, template=TEMPLATE, long="error")
+    with pytest.raises(ValueError, match=r"texts\[3\] holds a lone surrogate"):
+        ZeroShot(classifier).predict(["w5", "w5", "w6", "a\ud800"], WORDS)
+    with pytest.raises(ValueError, match=r"labels\[1\] holds a lone surrogate"):
+        ZeroShot(classifier).predict("w5", ["w5", "a\ud800"])
+    with torch.no_grad():
+        classifier.backbone.embeddings.word_embeddings.weight[7] = torch.nan
+    with pytest.raises(RuntimeError, match=r"texts\[3\] is not finite"):
+        ZeroShot(classifier).predict(texts[:4], WORDS, template=TEMPLATE)
+    model = ZeroShot(make_lm(max_position_embeddings=64), tokenizer=make_tokenizer())
+    with pytest.raises(ValueError, match=r"texts\[2\] has 90 tokens"):
+        model.predict(["w5", "w5", *random_texts([90])], ["w5", "w6"], long="error")
+
+
+def test_warnings_point_to_the_line_that_asked(tiny):
+    for model in (ZeroShot(tiny), ZeroShot(make_nli())):
+        for method in (model.predict, model.scores):
+            with pytest.warns(UserWarning, match="cut") as told:
+                method(random_texts([60]), WORDS, template=TEMPLATE)
+            assert [one.filename for one in told] == [__file__]

@@ -23,8 +23,10 @@ def as_tensor(x: Tensor | np.ndarray, name: str) -> Tensor:
     if isinstance(x, Tensor):
         return x
     if not isinstance(x, np.ndarray):
+        quantized = callable(getattr(x, "dequantize", None))
         raise TypeError(
-            f"{name} is a {type(x).__name__}; pass a tensor or array of vectors (rows, dim)"
+            f"{name} is a {type(x).__name__}; pass "
+            + (f"{name}.dequantize()" if quantized else "a tensor or array of vectors (rows, dim)")
         )
     if x.dtype.kind not in "fiu" or not x.dtype.isnative:
         raise TypeError(f"{name} holds {x.dtype}; pass an array of floats, such as float32")

@@ -172,6 +172,10 @@ def find_model(
     folder = Path(name)
     if folder.is_dir():
         if not (folder / "config.json").exists() and not (folder / "modules.json").exists():
+            if (folder / "few_shot.json").exists():
+                raise FileNotFoundError(
+                    f"{str(folder)!r} is the folder of a FewShot; FewShot.load reads it"
+                )
             raise FileNotFoundError(
                 f"the folder {str(folder)!r} holds no model: neither config.json (transformers) nor"
                 " modules.json (sentence-transformers) is in it"

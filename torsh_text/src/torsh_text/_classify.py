@@ -303,6 +303,7 @@ class Classifier(TokenModel):
         self,
         pairs: Sequence[tuple[str, str]],
         *,
+        numbers: Sequence[int],
         long: Long = "truncate",
         max_tokens: int | Literal["auto"] = "auto",
         progress: bool = False,
@@ -311,6 +312,7 @@ class Classifier(TokenModel):
 
         Args:
             pairs: First and second text of each; only the first is ever cut.
+            numbers: What errors number the text of each pair by.
             long: ``"truncate"`` or ``"error"``.
             max_tokens: As for :meth:`scores`.
             progress: Show a progress bar.
@@ -320,7 +322,12 @@ class Classifier(TokenModel):
         """
         self._texts([])
         logits, cut = self._rows_through(
-            pairs, torch.clone, long=long, max_tokens=max_tokens, progress=progress
+            pairs,
+            torch.clone,
+            numbers=numbers,
+            long=long,
+            max_tokens=max_tokens,
+            progress=progress,
         )
         return logits, cast("list[tuple[str, str]]", cut)
 
@@ -380,11 +387,18 @@ class Classifier(TokenModel):
         items: Sequence[str] | Sequence[tuple[str, str]],
         finish: Callable[[Tensor], Tensor],
         *,
+        numbers: Sequence[int] | None = None,
         long: Long,
         max_tokens: int | Literal["auto"],
         progress: bool = False,
     ) -> tuple[Tensor, list[str] | list[tuple[str, str]]]:
-        """Finished logits of texts or pairs ``(items, labels)``, and those that did not fit."""
+        """Finished logits of texts or pairs ``(items, labels)``, and those that did not fit.
+
+        Errors number texts by their place, and pairs, of which no ``"mean"`` can be taken, by
+        ``numbers``.
+        """
+        named = range(len(items)) if numbers is None else numbers
+        remedies = "long='truncate', long='mean'" if numbers is None else "long='truncate'"
         check_max_tokens(max_tokens)
         if long not in ("truncate", "error", "mean"):
             raise ValueError(f"long={long!r} is none of 'truncate', 'error', 'mean'")
@@ -397,10 +411,10 @@ class Classifier(TokenModel):
             for start, rows in tokenized_windows(keys, self.row_tokenizer, long=long):
                 cut += [keys[start + index] for index in rows.too_long]
                 if cut and long == "error":
-                    index = where.index(start + rows.too_long[0])
+                    index = named[where.index(start + rows.too_long[0])]
                     raise ValueError(
                         f"texts[{index}] has more than max_length={self.max_length} tokens; use"
-                        " long='truncate', long='mean' or a larger max_length"
+                        f" {remedies} or a larger max_length"
                     )
                 if "token_type_ids" not in self.tokenizer.model_input_names:
                     rows = replace(rows, types=None)
@@ -414,7 +428,7 @@ class Classifier(TokenModel):
                 scores[start : start + len(rows.pieces)] = join_pieces(parts, rows)
         finite = scores.isfinite().all(1)
         if not bool(finite.all()):
-            index = where.index(int((~finite).nonzero()[0]))
+            index = named[where.index(int((~finite).nonzero()[0]))]
             raise RuntimeError(
                 f"a score of texts[{index}] is not finite; load the model with dtype='float32'"
             )

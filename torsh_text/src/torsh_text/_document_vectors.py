@@ -11,6 +11,9 @@ from ._arrays import as_tensor
 from ._cache import EmbeddingCache
 from ._cluster import finite_rows
 from ._encoder import Encoder
+from ._runtime import check_device
+from ._token_model import Cut
+from ._tokenizing import Long
 
 
 class TextEncoder(Protocol):
@@ -21,9 +24,15 @@ class TextEncoder(Protocol):
         ...
 
 
-def loaded_encoder(encoder: TextEncoder | str | os.PathLike[str] | None) -> TextEncoder | None:
+def loaded_encoder(
+    encoder: TextEncoder | str | os.PathLike[str] | None,
+    device: torch.device | str | None = None,
+) -> TextEncoder | None:
     """Return the encoder itself, or load the one of this path or hub id."""
-    return Encoder.from_pretrained(encoder) if isinstance(encoder, (str, os.PathLike)) else encoder
+    check_device(device, encoder)
+    if isinstance(encoder, (str, os.PathLike)):
+        return Encoder.from_pretrained(encoder, device=device)
+    return encoder
 
 
 def document_vectors(
@@ -33,7 +42,8 @@ def document_vectors(
     encoder: TextEncoder | None,
     cache: EmbeddingCache | str | os.PathLike[str] | None,
     dim: int | None,
-) -> Tensor:
+    long: Long,
+) -> tuple[Tensor, list[bool], Cut | None]:
     """Check vectors, or make them.
 
     Args:
@@ -42,16 +52,26 @@ def document_vectors(
         encoder: What makes them otherwise.
         cache: Where an :class:`Encoder` keeps them.
         dim: Entries that a vector has to have; None for any.
+        long: What an :class:`Encoder` does with long texts.
 
     Returns:
-        float32 ``(documents, dim)``.
+        float32 ``(documents, dim)``, whether each document was cut, and what to warn of.
 
     Raises:
-        TypeError: If ``cache`` is given with another encoder.
+        TypeError: If ``cache`` or ``long`` is given with another encoder.
         ValueError: If there is neither encoder nor vectors, or they do not fit.
     """
-    if vectors is None:
-        vectors = _encoded(texts, encoder, cache) if texts else torch.empty(0, dim or 1)
+    cut, why = [False] * len(texts), None
+    if vectors is None and not texts:
+        vectors = torch.empty(0, dim or 1)
+    elif vectors is None and isinstance(encoder, Encoder):
+        vectors, cut, why = encoder.vectors_and_cuts(
+            texts, max_tokens="auto", long=long, cache=cache, progress=False
+        )
+    elif vectors is None:
+        vectors = _encoded(texts, encoder, cache, long)
+    elif long != "truncate":
+        raise ValueError(f"vectors were given, so long={long!r} has nothing to do; leave it out")
     elif cache is not None:
         raise ValueError("vectors were given, so cache has nothing to keep; leave it out")
     x = as_tensor(vectors, "vectors").detach()
@@ -62,18 +82,18 @@ def document_vectors(
         )
     if dim is not None and x.shape[1] != dim:
         raise ValueError(f"vectors have {x.shape[1]} entries, those of the topics {dim}")
-    return finite_rows(x, "vectors")
+    return finite_rows(x, "vectors"), cut, why
 
 
 def _encoded(
     texts: list[str],
     encoder: TextEncoder | None,
     cache: EmbeddingCache | str | os.PathLike[str] | None,
+    long: Long,
 ) -> Tensor | np.ndarray:
     if encoder is None:
         raise ValueError("this TopicModel has no encoder; pass vectors, or make it with an encoder")
-    if isinstance(encoder, Encoder):
-        return encoder.encode(texts, cache=cache)
-    if cache is not None:
-        raise TypeError(f"cache is for an Encoder; this encoder is a {type(encoder).__name__}")
+    for name, given in (("cache", cache is not None), ("long", long != "truncate")):
+        if given:
+            raise TypeError(f"{name} is for an Encoder; this encoder is a {type(encoder).__name__}")
     return encoder.encode(texts)

@@ -14,10 +14,12 @@ from ._backbone import digest
 from ._cache import EmbeddingCache
 from ._contrastive import tune_on_pairs
 from ._encoder import Encoder
-from ._labels import Label, check_top_k, checked_names, ranked
+from ._labels import Label, check_ranking, checked_names, ranked
 from ._packing import PackedBatch
 from ._probe import fit_probe
+from ._runtime import check_device
 from ._saving import write_json
+from ._token_model import warn_cut
 from ._tokenizing import Long, checked_texts
 from ._writing import staged_folder
 
@@ -55,6 +57,7 @@ class FewShot(nn.Module):
             ``"sentence-transformers/all-MiniLM-L6-v2"``; never changed.
         finetune: Whether :meth:`fit` trains a copy of the encoder first.
         seed: Seed of everything random in :meth:`fit`.
+        device: Where a path or hub id is loaded; None for CUDA if there is one, else the CPU.
 
     Attributes:
         encoder: The encoder that :meth:`predict` uses.
@@ -75,11 +78,14 @@ class FewShot(nn.Module):
         *,
         finetune: bool = False,
         seed: int = 0,
+        device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
+        check_device(device, encoder)
         if isinstance(encoder, (str, os.PathLike)):
             # steps in half precision are too coarse to fine-tune
-            encoder = Encoder.from_pretrained(encoder, dtype="float32" if finetune else "auto")
+            dtype = "float32" if finetune else "auto"
+            encoder = Encoder.from_pretrained(encoder, dtype=dtype, device=device)
         if not isinstance(encoder, Encoder):
             raise TypeError(
                 f"encoder is a {type(encoder).__name__}; pass an Encoder, or the hub id or folder"
@@ -166,7 +172,10 @@ class FewShot(nn.Module):
             )
             # these texts shaped the vectors, so holding some of them out would say nothing
             c = 10.0 if c == "auto" else c
-        vectors = self.encoder.encode(items, long=long, cache=cache, progress=progress)
+        vectors, _, why = self.encoder.vectors_and_cuts(
+            items, max_tokens="auto", long=long, cache=cache, progress=progress
+        )
+        self.encoder._warn_cut(why.cut, why.of, why.remedy)
         weight, bias, self.c = fit_probe(
             vectors,
             y.to(vectors.device),
@@ -193,6 +202,7 @@ class FewShot(nn.Module):
         texts: str,
         *,
         top_k: int | None = ...,
+        min_score: float | None = ...,
         long: Long = ...,
         max_tokens: int | Literal["auto"] = ...,
         cache: EmbeddingCache | str | os.PathLike[str] | None = ...,
@@ -205,6 +215,7 @@ class FewShot(nn.Module):
         texts: Iterable[str],
         *,
         top_k: int | None = ...,
+        min_score: float | None = ...,
         long: Long = ...,
         max_tokens: int | Literal["auto"] = ...,
         cache: EmbeddingCache | str | os.PathLike[str] | None = ...,
@@ -216,6 +227,7 @@ class FewShot(nn.Module):
         texts: str | Iterable[str],
         *,
         top_k: int | None = None,
+        min_score: float | None = None,
         long: Long = "truncate",
         max_tokens: int | Literal["auto"] = "auto",
         cache: EmbeddingCache | str | os.PathLike[str] | None = None,
@@ -226,6 +238,7 @@ class FewShot(nn.Module):
         Args:
             texts: The texts, or one text.
             top_k: That many labels for each text, best first, as a list; None for the best alone.
+            min_score: Labels below it are left out of the lists, 0 to 1; refused without ``top_k``.
             long: As for :meth:`Encoder.encode`, like all that follow.
             max_tokens: As there.
             cache: As there.
@@ -235,10 +248,17 @@ class FewShot(nn.Module):
             For each text a :class:`Label` or a list of them; for one text, what it has.
         """
         self._fitted()
-        check_top_k(top_k, len(self.labels))
+        check_ranking(top_k=top_k, min_score=min_score, several=False, count=len(self.labels))
         items = [texts] if isinstance(texts, str) else checked_texts(texts)
         scores, truncated = self._scored(items, long, max_tokens, cache, progress)
-        found = ranked(scores, self.labels, top_k=top_k, several=False, truncated=truncated)
+        found = ranked(
+            scores,
+            self.labels,
+            top_k=top_k,
+            several=False,
+            min_score=min_score,
+            truncated=truncated,
+        )
         return found[0] if isinstance(texts, str) else found
 
     def scores(
@@ -274,9 +294,10 @@ class FewShot(nn.Module):
     ) -> tuple[Tensor, list[bool]]:
         """Scores ``(texts, labels)``, and whether each text was cut."""
         head = self._fitted()
-        vectors, cut = self.encoder.vectors_and_cuts(
+        vectors, cut, why = self.encoder.vectors_and_cuts(
             texts, long=long, max_tokens=max_tokens, cache=cache, progress=progress
         )
+        warn_cut(*why)
         with torch.no_grad():
             scores = head(vectors).softmax(-1)
         finite = scores.isfinite().all(1)

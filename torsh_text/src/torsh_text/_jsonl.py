@@ -8,14 +8,17 @@ import sys
 import threading
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from shlex import quote
 from typing import Any, BinaryIO, NamedTuple
 
 from ._runtime import progress_bar
 from ._writing import replacing
 
 GOES_ON = "the same command goes on from here"
+_JSON_LINES = (".jsonl", ".ndjson")
+_DELIMITERS = {".csv": "", ".tsv": r", delimiter='\t'"}
 _FORMAT = "torsh-text-partial"
 _MARK = f'{{"format": "{_FORMAT}"'.encode()
 
@@ -25,12 +28,14 @@ class Texts:
     """Texts of a file.
 
     Attributes:
-        texts: The texts; blank lines are left out.
+        texts: The texts; blank lines are left out. The whole line where no text is found in it.
         lines: Their line numbers, from 1, with blank lines counted.
+        faults: Lines that hold no text, and why.
     """
 
     texts: list[str]
     lines: list[int]
+    faults: dict[int, str] = field(default_factory=dict)
 
     @property
     def digest(self) -> str:
@@ -46,7 +51,7 @@ def read_texts(file: Path, field: str) -> Texts:
 
     A byte order mark at the beginning is no part of the text. Only a line feed ends a line: JSON
     may hold U+2028 and its like, which ``str.splitlines`` cuts. Bytes that are no UTF-8 become lone
-    surrogates, so that one bad line does not hide all others.
+    surrogates. A bad line is one of the ``faults`` and does not hide the others.
 
     Args:
         file: The file; ``-`` for the standard input, one text a line.
@@ -55,10 +60,17 @@ def read_texts(file: Path, field: str) -> Texts:
     Raises:
         FileNotFoundError: If there is no such file.
         OSError: If it is a folder or cannot be read.
-        ValueError: If there is no text, or a line is no object with that field, or a field is
-            named for a file that has none.
+        ValueError: If there is no text, or no line is an object with that field, or a field is
+            named for a file that has none, or it is a table or one JSON value.
     """
-    if field != "text" and file.suffix != ".jsonl":
+    if (delimiter := _DELIMITERS.get(file.suffix.lower())) is not None:
+        raise ValueError(
+            f"{str(file)!r} is a table, not one text a line; make JSON lines of it, and name the"
+            ' column with --field: python -c "import csv, json, sys; [print(json.dumps(row)) for'
+            f' row in csv.DictReader(sys.stdin{delimiter})]" < {quote(str(file))} >'
+            f" {quote(str(file.with_suffix('.jsonl')))}"
+        )
+    if field != "text" and file.suffix.lower() not in _JSON_LINES:
         raise ValueError(
             f"field={field!r} is for .jsonl files, {str(file)!r} is read line by line; leave it out"
         )
@@ -76,44 +88,57 @@ def read_texts(file: Path, field: str) -> Texts:
 
 
 def _parsed(source: Iterable[str], file: Path, field: str) -> Texts:
-    texts: list[str] = []
-    lines: list[int] = []
+    found = Texts([], [])
+    lacking, first_lack = 0, ""
     for number, line in enumerate(source, 1):
         if number == 1:
             line = line.removeprefix("\ufeff")
+            if file.suffix.lower() == ".json" and line.lstrip().startswith(("[", "{")):
+                raise ValueError(
+                    f"{str(file)!r} is JSON, not one text a line; write an object a line to a file"
+                    ' that ends in .jsonl; from a list: python -c "import json, sys;'
+                    f' [print(json.dumps(row)) for row in json.load(sys.stdin)]" <'
+                    f" {quote(str(file))} > {quote(str(file.with_suffix('.jsonl')))}"
+                )
         if not line.strip():
             continue
-        text: Any = line.rstrip("\r\n")
-        if file.suffix == ".jsonl":
-            try:
-                text = _text_of(line, field)
-            except ValueError as error:
-                raise ValueError(f"{file}:{number} {error}") from None
-        texts.append(text)
-        lines.append(number)
-    if not texts:
+        text, lack = line.rstrip("\r\n"), None
+        if file.suffix.lower() in _JSON_LINES:
+            text, lack = _text_of(text, field)
+        if lack is not None:
+            lacking += 1
+            first_lack = first_lack or f"{file}:{number}: {lack}{_remedy(lack)}"
+        if (why := lack or why_no_text(text)) is not None:
+            found.faults[number] = why
+        found.texts.append(text)
+        found.lines.append(number)
+    if not found.texts:
         raise ValueError(f"{file} holds no text")
-    return Texts(texts, lines)
+    if lacking == len(found.texts):
+        raise ValueError(first_lack)
+    return found
 
 
-def _text_of(line: str, field: str) -> str:
-    """Text in one line of a ``.jsonl`` file; the error says what is there instead."""
+def _text_of(line: str, field: str) -> tuple[str, str | None]:
+    """Text in one line of JSON lines; or the line and why there is none."""
     try:
         found = json.loads(line)
-    except ValueError:
-        raise ValueError("is no JSON") from None
+    except json.JSONDecodeError as error:
+        return line, f"the line is no JSON: {error.msg} at column {error.colno}"
+    except ValueError as error:  # a number of too many digits
+        return line, f"the line is no JSON: {error}"
     if not isinstance(found, dict):
-        raise ValueError(f"is no JSON object with a field {field!r}")
+        return line, f"the line is no JSON object with a field {field!r}"
     if field not in found:
-        raise ValueError(
-            f"has no field {field!r} but {', '.join(map(repr, found)) or 'none at all'}; name the"
-            " one that holds the text with --field"
-        )
+        names = ", ".join(map(repr, found)) or "none at all"
+        return line, f"the line has no field {field!r} but {names}"
     if not isinstance(found[field], str):
-        raise ValueError(
-            f"holds no string in the field {field!r}; name the one that holds the text with --field"
-        )
-    return found[field]
+        return line, f"the field {field!r} holds {json.dumps(found[field])[:40]}, no string"
+    return found[field], None
+
+
+def _remedy(lack: str) -> str:
+    return "; name the one that holds the text with --field" if "field" in lack else ""
 
 
 def why_no_text(text: str) -> str | None:
@@ -126,15 +151,27 @@ def why_no_text(text: str) -> str | None:
 
 
 def check_out(
-    out: Path, *, overwrite: bool, source: Path | None = None, option: str = "out"
+    out: Path,
+    *,
+    overwrite: bool,
+    source: Path | None = None,
+    option: str = "out",
+    suffix: str | None = None,
 ) -> None:
-    """Refuse to write where something would be lost.
+    """Refuse to write where something would be lost, or a name that says something else.
+
+    Args:
+        out: The file to write.
+        overwrite: Whether it may replace what is there.
+        source: The file of the texts, which is never replaced.
+        option: What names ``out``, for messages.
+        suffix: How its name has to end; None for any way.
 
     Raises:
         FileExistsError: If ``out`` is there already and may not be replaced.
         FileNotFoundError: If its folder is not there.
         IsADirectoryError: If it is a folder.
-        ValueError: If it is the file of the texts.
+        ValueError: If it is the file of the texts, or its name ends in another way.
     """
     if not out.parent.is_dir():
         raise FileNotFoundError(
@@ -142,12 +179,14 @@ def check_out(
         )
     if out.is_dir():
         raise IsADirectoryError(f"{option}={str(out)!r} is a folder; name a file in it")
-    if not out.exists():
-        return
-    if not overwrite:
-        raise FileExistsError(f"{option}={str(out)!r} exists; name another or add --overwrite")
-    if source is not None and source.exists() and out.samefile(source):
-        raise ValueError(f"{option}={str(out)!r} is the file of the texts; name another")
+    if out.exists():
+        if source is not None and source.exists() and out.samefile(source):
+            raise ValueError(f"{option}={str(out)!r} is the file of the texts; name another")
+        if not overwrite:
+            raise FileExistsError(f"{option}={str(out)!r} exists; name another or add --overwrite")
+    if suffix is not None and out.suffix != suffix:
+        what = "a record a line" if suffix == ".jsonl" else "one JSON value"
+        raise ValueError(f"{option}={str(out)!r} gets {what}; end its name in {suffix}")
 
 
 def _json_line(record: Mapping[str, Any]) -> bytes:
@@ -246,10 +285,19 @@ def living_bar(total: int, *, shown: bool) -> Generator[Any]:
 def in_windows(
     source: Texts, work: Work, window: int, *, start: int = 0
 ) -> Iterator[tuple[Sequence[Mapping[str, Any]], list[int]]]:
-    """Work on some texts after the other: their records and lines."""
+    """Work on some texts after the other: their records and lines; faults become records too."""
     for first in range(start, len(source.texts), window):
         part = slice(first, first + window)
-        yield work(source.texts[part]), source.lines[part]
+        lines = source.lines[part]
+        pairs = zip(source.texts[part], lines, strict=True)
+        records = iter(work([text for text, line in pairs if line not in source.faults]))
+        yield (
+            [
+                {"error": source.faults[line]} if line in source.faults else next(records)
+                for line in lines
+            ],
+            lines,
+        )
 
 
 @contextmanager

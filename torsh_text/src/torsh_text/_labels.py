@@ -6,6 +6,8 @@ from difflib import get_close_matches
 
 from torch import Tensor
 
+from ._tokenizing import check_unicode
+
 
 @dataclass(frozen=True)
 class Label:
@@ -60,6 +62,7 @@ def checked_names(labels: Iterable[str], *, least: int = 1) -> list[str]:
             raise TypeError(f"labels[{index}] is {name!r} of type {type(name).__name__}, no string")
         if not name.strip():
             raise ValueError(f"labels[{index}] is blank; give every label a name")
+        check_unicode(name, index, "labels")
     if len(names) < least:
         raise ValueError(f"labels={names} has {len(names)} names; give at least {least}")
     if len(set(names)) < len(names):

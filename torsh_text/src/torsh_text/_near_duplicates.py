@@ -9,9 +9,12 @@ import torch
 from torch import Tensor
 
 from ._arrays import as_tensor
-from ._similarity import mine_pairs
+from ._quantized import QuantizedVectors
+from ._similarity import check_finite, mine_pairs
 from ._terms import words_of
 from ._tokenizing import checked_texts
+
+_CHECKED_ROWS = 65_536
 
 
 @dataclass(frozen=True)
@@ -69,6 +72,13 @@ def _first_of_equals(x: Tensor) -> Tensor:
     return first[group]
 
 
+def _as_bytes(x: QuantizedVectors) -> Tensor:
+    """Codes and scales side by side, ``(rows, bytes)``."""
+    if x.scales is None:
+        return x.codes
+    return torch.cat([x.codes, x.scales.unsqueeze(1).view(torch.int8)], 1)
+
+
 def _grams(text: str, n: int) -> frozenset[str]:
     if len(text) <= n:
         return frozenset([text])
@@ -121,7 +131,7 @@ def _similar_texts(texts: list[str], threshold: float, n: int) -> tuple[Tensor, 
 
 
 def near_duplicates(
-    x: Tensor | np.ndarray | Iterable[str],
+    x: Tensor | np.ndarray | QuantizedVectors | Iterable[str],
     threshold: float | None = None,
     *,
     ngram: int | None = None,
@@ -135,14 +145,15 @@ def near_duplicates(
     their lower-case words, and a prefix filter leaves out pairs that cannot reach the threshold.
 
     Args:
-        x: Vectors ``(rows, dim)``, as a tensor or a numpy array; or texts.
+        x: Vectors ``(rows, dim)``, as a tensor, a numpy array or :class:`QuantizedVectors`; or
+            texts.
         threshold: Least similarity, above 0 and at most 1; None for 0.95 with vectors and 0.8
             with texts.
         ngram: Characters of an n-gram, for texts; None for 5. A shorter text is one n-gram.
         block: As for :func:`mine_pairs`, for vectors.
 
     Raises:
-        TypeError: If ``x`` is neither a tensor nor texts.
+        TypeError: If ``x`` is neither vectors nor texts.
         ValueError: If an option does not fit, or a vector is not finite.
 
     Example:
@@ -159,20 +170,18 @@ def near_duplicates(
     """
     if isinstance(x, np.ndarray) and x.dtype.kind not in "OUT":
         x = as_tensor(x, "x")
-    vectors = isinstance(x, Tensor)
+    vectors = isinstance(x, Tensor | QuantizedVectors)
     if threshold is None:
         threshold = 0.95 if vectors else 0.8
     if not 0 < threshold <= 1:
         raise ValueError(f"threshold={threshold} is not above 0 and at most 1")
-    if isinstance(x, Tensor):
+    if isinstance(x, Tensor | QuantizedVectors):
         if ngram is not None:
             raise ValueError(f"ngram={ngram} is for texts, x holds vectors")
         if x.ndim != 2 or not x.shape[1]:
             raise ValueError(f"x has shape {tuple(x.shape)}; expected (rows, dim)")
-        finite = x.isfinite().all(1)
-        if not bool(finite.all()):
-            raise ValueError(f"x[{int((~finite).nonzero()[0])}] is not finite")
-        first = _first_of_equals(x)
+        check_finite(x, "x", _CHECKED_ROWS)
+        first = _first_of_equals(x if isinstance(x, Tensor) else _as_bytes(x))
         rows = torch.arange(len(x), device=x.device)
         unique = rows[first == rows]
         found = mine_pairs(x[unique], threshold=threshold, block=block)

@@ -8,10 +8,13 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal, overload
 
+import torch
 from torch import Tensor, nn
 
+from ._cache import EmbeddingCache
 from ._encoder import Encoder
 from ._generate import Generation, Generator
+from ._runtime import check_device
 from ._similarity import similarity
 from ._tokenizing import checked_texts
 
@@ -77,19 +80,28 @@ class Paraphraser(nn.Module):
             trained to paraphrase, or a chat model.
         encoder: An :class:`Encoder`, or what :meth:`Encoder.from_pretrained` takes, such as
             ``"sentence-transformers/all-MiniLM-L6-v2"``: it judges the meaning.
+        device: Where paths and hub ids are loaded; None for CUDA if there is one, else
+            the CPU.
     """
 
     def __init__(
         self,
         model: Generator | str | os.PathLike[str],
         encoder: Encoder | str | os.PathLike[str],
+        *,
+        device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
+        check_device(device, model, encoder)
         self.model = (
-            Generator.from_pretrained(model) if isinstance(model, (str, os.PathLike)) else model
+            Generator.from_pretrained(model, device=device)
+            if isinstance(model, (str, os.PathLike))
+            else model
         )
         self.encoder = (
-            Encoder.from_pretrained(encoder) if isinstance(encoder, (str, os.PathLike)) else encoder
+            Encoder.from_pretrained(encoder, device=device)
+            if isinstance(encoder, (str, os.PathLike))
+            else encoder
         )
         self.training = any(part.training for part in self.children())
 
@@ -109,6 +121,7 @@ class Paraphraser(nn.Module):
         max_new_tokens: int | None = ...,
         instruction: str | None = ...,
         max_tokens: int | Literal["auto"] = ...,
+        cache: EmbeddingCache | str | os.PathLike[str] | None = ...,
         progress: bool = ...,
     ) -> list[Paraphrase]: ...
 
@@ -128,6 +141,7 @@ class Paraphraser(nn.Module):
         max_new_tokens: int | None = ...,
         instruction: str | None = ...,
         max_tokens: int | Literal["auto"] = ...,
+        cache: EmbeddingCache | str | os.PathLike[str] | None = ...,
         progress: bool = ...,
     ) -> list[list[Paraphrase]]: ...
 
@@ -146,6 +160,7 @@ class Paraphraser(nn.Module):
         max_new_tokens: int | None = None,
         instruction: str | None = None,
         max_tokens: int | Literal["auto"] = "auto",
+        cache: EmbeddingCache | str | os.PathLike[str] | None = None,
         progress: bool = False,
     ) -> list[Paraphrase] | list[list[Paraphrase]]:
         """Write up to ``n`` paraphrases of each text.
@@ -173,6 +188,7 @@ class Paraphraser(nn.Module):
             instruction: What is put before a text; None is a request in English for chat models,
                 nothing for others.
             max_tokens: As for :meth:`Generator.generate`.
+            cache: Keeps the vectors, as for :meth:`Encoder.encode`.
             progress: Show a progress bar, for each limit on new tokens one.
 
         Returns:
@@ -210,7 +226,9 @@ class Paraphraser(nn.Module):
             written.update(zip(some, answers, strict=True))
         usable = [_usable(text, written[text]) for text in asked]
         groups = [[text, *kept] for text, kept in zip(asked, usable, strict=True)]
-        vectors = self.encoder.encode([one for group in groups for one in group], long="mean")
+        vectors = self.encoder.encode(
+            [one for group in groups for one in group], long="mean", cache=cache
+        )
         found = {
             group[0]: _judged(group, x, min_similarity, max_overlap)[:n]
             for group, x in zip(groups, vectors.split([len(g) for g in groups]), strict=True)

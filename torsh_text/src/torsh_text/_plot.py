@@ -149,6 +149,8 @@ def plot_topics(topics: Sequence[Topic], ax: "Axes | None" = None, *, words: int
     Raises:
         ImportError: If matplotlib is missing.
     """
+    if not isinstance(topics, Sequence):
+        raise TypeError(f"topics is a {type(topics).__name__}; pass model.topics")
     if not topics:
         raise ValueError("topics is empty; there is nothing to draw")
     try:

@@ -1,7 +1,9 @@
 """Vectors in a quarter or a thirty-second of the memory."""
 
 import hashlib
+import json
 import math
+import operator
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -26,7 +28,8 @@ class QuantizedVectors:
     """Vectors as small codes: ``int8`` (a quarter of float32) or ``binary`` (a 32nd).
 
     They are indexed like a tensor: an integer gives one vector, a slice, a list of rows, a tensor
-    or an array gives several. :func:`torsh_text.search` and its siblings take them as they are.
+    or an array gives several. :func:`torsh_text.search`, ``similarity``, ``mine_pairs`` and
+    ``near_duplicates`` take them as they are; for all else there is :meth:`dequantize`.
 
     Codes of int8 stand for ``codes * scale``, with the vector's own scale, its largest entry over
     127. So vectors can be added one by one, nothing is ever clipped and no sample of the corpus is
@@ -105,14 +108,24 @@ class QuantizedVectors:
     ) -> "QuantizedVectors":
         if self.ndim == 1 or isinstance(rows, tuple):
             raise TypeError("only the rows of several vectors can be indexed; see dequantize()")
-        index = rows
-        if not isinstance(rows, int | slice | Tensor):
+        index: int | slice | Tensor
+        if isinstance(rows, slice):
+            index = rows
+        elif isinstance(rows, Sequence) or (isinstance(rows, Tensor | np.ndarray) and rows.ndim):
             index = torch.as_tensor(rows, dtype=None if len(rows) else torch.int64)
+        else:
+            index = operator.index(rows)
         scales = None if self.scales is None else self.scales[index]
         return replace(self, codes=self.codes[index], scales=scales)
 
     def __iter__(self) -> Iterator["QuantizedVectors"]:
         return (self[i] for i in range(len(self)))
+
+    def __array__(self, dtype: object = None, copy: bool | None = None) -> np.ndarray:
+        raise TypeError(
+            "QuantizedVectors would become many times as large as an array; ask for it with"
+            " .dequantize().numpy(), or take .codes"
+        )
 
     def to(self, device: torch.device | str) -> "QuantizedVectors":
         """Return the same on another device."""
@@ -150,7 +163,7 @@ class QuantizedVectors:
         """Write a safetensors file, in one step; :meth:`load` reads it.
 
         Its tensors are ``codes`` and, for int8, ``scales``; the metadata holds the format's name
-        and version, ``dim`` and the BLAKE2b sum of the tensors' bytes.
+        and version, ``dim`` and the BLAKE2b sum of all these.
         """
         from safetensors.torch import save
 
@@ -161,8 +174,8 @@ class QuantizedVectors:
             "format": _FORMAT,
             "version": _VERSION,
             "dim": str(self.dim),
-            "blake2b": _checksum(tensors),
         }
+        description["blake2b"] = _checksum(tensors, description)
         write_bytes(Path(path), save(tensors, metadata=description))
 
     @staticmethod
@@ -188,13 +201,16 @@ class QuantizedVectors:
             raise ValueError(
                 f"{path} has version {about.get('version')}; this torsh_text reads {_VERSION}"
             )
-        if _checksum(tensors) != about.get("blake2b"):
+        if _checksum(tensors, about) != about.get("blake2b"):
             raise ValueError(f"{path}: blake2b does not match; the file is damaged")
         return QuantizedVectors(tensors["codes"], int(about["dim"]), tensors.get("scales"))
 
 
-def _checksum(tensors: dict[str, Tensor]) -> str:
+def _checksum(tensors: dict[str, Tensor], about: dict[str, str]) -> str:
     total = hashlib.blake2b(digest_size=16)
+    shapes = {name: (str(x.dtype), *x.shape) for name, x in tensors.items()}
+    words = {name: word for name, word in about.items() if name != "blake2b"}
+    total.update(json.dumps([words, shapes], sort_keys=True).encode())
     for name in sorted(tensors):
         total.update(tensors[name].numpy().data)
     return total.hexdigest()

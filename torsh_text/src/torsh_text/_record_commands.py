@@ -7,8 +7,8 @@ from typing import Literal
 
 from ._default_models import ENCODER, PARAPHRASER, TAGGER
 from ._jsonl import check_out, read_texts
-from ._printing import print_line
-from ._record_run import WINDOW, Record, Work, has_head, records_of, run
+from ._printing import print_line, rounded
+from ._record_run import WINDOW, Record, Work, check_spaced, has_head, records_of, run
 
 _SLOW_WINDOW = 8  # where a model writes
 _NER_WINDOW = 64  # the bar moves by windows
@@ -51,7 +51,10 @@ def ner(
 
         def work(texts: Sequence[str]) -> list[Record]:
             found = tagger.predict(list(texts), stride=stride, min_score=min_score)
-            return [{"entities": [vars(entity) for entity in row]} for row in found]
+            return [
+                {"entities": [{**vars(entity), "score": rounded(entity.score)} for entity in row]}
+                for row in found
+            ]
 
         return work
 
@@ -203,7 +206,12 @@ def _writer(
 
         writer = Summarizer(model=Generator.from_pretrained(model, device=device))
         return lambda texts: [
-            {"summary": s.text, "pieces": s.pieces, "finished": s.finished}
+            {
+                "summary": s.text,
+                "pieces": s.pieces,
+                "finished": s.finished,
+                **({"truncated": True} if s.truncated else {}),
+            }
             for s in writer.generate(list(texts), max_new_tokens=max_new_tokens, long=long)
         ]
 
@@ -238,12 +246,14 @@ def detect(
         overwrite: Replace OUT, and what another command left unfinished.
         json: Print a JSON object a line instead of a table.
     """
+    from ._language import LanguageDetector, installed_model
+
+    check_spaced("languages", languages)
+    used = installed_model() if model is None else model
 
     def load() -> Work:
-        from ._language import LanguageDetector
-
         detector = LanguageDetector.from_fasttext(
-            "auto" if model is None else model,
+            used,
             languages=list(languages) or None,
             device=device,
         )
@@ -253,7 +263,7 @@ def detect(
             return [
                 {
                     "languages": [
-                        {"code": x.code, "name": x.name, "score": round(x.score, 6)} for x in row
+                        {"code": x.code, "name": x.name, "score": rounded(x.score)} for x in row
                     ]
                 }
                 for row in found
@@ -273,7 +283,7 @@ def detect(
         overwrite=overwrite,
         json=json,
         settings={"command": "detect", **settings},
-        models={"model": model},
+        models={"model": used},
         show=show,
         window=16 * WINDOW,
     )
@@ -331,7 +341,19 @@ def paraphrase(
                 max_overlap=max_overlap,
                 seed=seed,
             )
-            return [{"paraphrases": [vars(p) for p in row]} for row in found]
+            return [
+                {
+                    "paraphrases": [
+                        {
+                            "text": p.text,
+                            "similarity": rounded(p.similarity),
+                            "overlap": rounded(p.overlap),
+                        }
+                        for p in row
+                    ]
+                }
+                for row in found
+            ]
 
         return work
 

@@ -7,6 +7,7 @@ from functools import cache
 from hashlib import blake2b
 from json import dumps
 from pathlib import Path
+from shlex import join
 from typing import Any
 
 from torch import OutOfMemoryError
@@ -17,7 +18,6 @@ from ._jsonl import (
     in_windows,
     living_bar,
     read_texts,
-    why_no_text,
     write_records,
 )
 from ._printing import print_line, print_table
@@ -67,7 +67,7 @@ def run(
     json: bool,
     settings: Record,
     show: Callable[[Record], str],
-    models: Mapping[str, str | Path | None] | None = None,
+    models: Mapping[str, str | Path] | None = None,
     window: int = WINDOW,
 ) -> None:
     """Read texts, let ``load()`` work on them, and write or print a record for each.
@@ -79,10 +79,10 @@ def run(
         SystemExit: At the end, if a text was refused.
     """
     if out is not None:
-        check_out(out, overwrite=overwrite, source=file)
+        check_out(out, overwrite=overwrite, source=file, suffix=".jsonl")
     source = read_texts(file, field)
     if out is not None:
-        origins = {name: model and origin(model) for name, model in (models or {}).items()}
+        origins = {name: origin(model) for name, model in (models or {}).items()}
         written = write_records(
             source,
             _patient(load),
@@ -117,6 +117,19 @@ def records_of(source: Texts, load: Callable[[], Work], window: int = WINDOW) ->
     return records
 
 
+def check_spaced(option: str, names: Sequence[str]) -> None:
+    """Refuse names that were separated by commas, which would be one name.
+
+    Raises:
+        ValueError: If there is a single name that holds a comma.
+    """
+    if len(names) == 1 and "," in names[0]:
+        parts = join(part.strip() for part in names[0].split(","))
+        raise ValueError(
+            f"{option}={names[0]!r} is a single name; put spaces between names: --{option} {parts}"
+        )
+
+
 @contextmanager
 def has_head(model: str, instead: str) -> Generator[None]:
     """Say what a command takes, where the loader would have labels to train a new head."""
@@ -142,14 +155,7 @@ def _report_refused(refused: int, total: int) -> None:
 def _patient(load: Callable[[], Work]) -> Callable[[Sequence[str]], Sequence[Mapping[str, Any]]]:
     """Load when there is something to do, and give refused texts a record that says why."""
     loaded = cache(load)
-
-    def work(texts: Sequence[str]) -> list[Record]:
-        errors = [why_no_text(text) for text in texts]
-        good = [text for text, error in zip(texts, errors, strict=True) if error is None]
-        records = iter(_accepted(loaded(), good) if good else [])
-        return [next(records) if error is None else {"error": error} for error in errors]
-
-    return work
+    return lambda texts: _accepted(loaded(), list(texts)) if texts else []
 
 
 def _accepted(work: Work, texts: list[str], *, tried: bool = False) -> list[Record]:

@@ -1,6 +1,7 @@
 """The engine under everything that reads text: tokenize, plan, pack, compute, put back in order."""
 
 import logging
+import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from ._tokenizing import Long, RowTokenizer, TokenRows
 logger = logging.getLogger(__name__)
 
 WINDOW = 4096  # texts tokenized at a time: memory stays bounded and the device never waits long
+KEPT_WINDOW = 1024  # on a CPU with a cache: what kill -9 loses, seconds of work
 
 
 @dataclass
@@ -56,6 +58,12 @@ def check_max_tokens(max_tokens: object) -> None:
         raise ValueError(f"max_tokens={max_tokens} is not positive; use 'auto' or a larger number")
 
 
+def check_device(device: object, *models: object) -> None:
+    """Refuse a device where every model is loaded already."""
+    if device is not None and not any(isinstance(one, (str, os.PathLike)) for one in models):
+        raise ValueError(f"device={str(device)!r} is for a path or hub id; move the model itself")
+
+
 def check_options(*, out: object, long: object, dim: object, size: int) -> None:
     """Refuse options of ``encode`` that do not fit vectors of ``size`` entries."""
     if out not in ("torch", "numpy"):
@@ -71,24 +79,25 @@ def check_options(*, out: object, long: object, dim: object, size: int) -> None:
 
 
 def tokenized_windows(
-    texts: Sequence[str], tokenizer: RowTokenizer, *, long: Long
+    texts: Sequence[str], tokenizer: RowTokenizer, *, long: Long, window: int | None = None
 ) -> Iterator[tuple[int, TokenRows]]:
     """Yield ``(first text, rows)`` window by window, tokenizing one ahead in a thread."""
-    starts = range(0, len(texts), WINDOW)
+    step = WINDOW if window is None else window
+    starts = range(0, len(texts), step)
     if len(starts) < 2:
         for start in starts:
             yield start, tokenizer.rows(texts, long=long)
         return
     with ThreadPoolExecutor(1, thread_name_prefix="torsh_text") as pool:
         work = [
-            pool.submit(tokenizer.rows, texts[start : start + WINDOW], long=long)
+            pool.submit(tokenizer.rows, texts[start : start + step], long=long)
             for start in starts[:2]
         ]
         for start in starts:
             rows = work.pop(0).result()
-            later = start + 2 * WINDOW
+            later = start + 2 * step
             if later < len(texts):
-                work.append(pool.submit(tokenizer.rows, texts[later : later + WINDOW], long=long))
+                work.append(pool.submit(tokenizer.rows, texts[later : later + step], long=long))
             yield start, rows
 
 

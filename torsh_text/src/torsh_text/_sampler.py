@@ -16,6 +16,7 @@ from ._token_model import TokenModel
 
 _FORMAT = "torsh-text-sampler"
 _VERSION = 2
+_WHOLE = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 _POOL = 64  # batches whose rows are sorted together: 1 to 4 % padding, and still well mixed
 
 
@@ -42,6 +43,7 @@ class TokenBudgetSampler(Sampler[list[int]]):
         padded: Whether batches will be padded, so that padding counts.
 
     Raises:
+        TypeError: If ``lengths`` are no numbers.
         ValueError: If an argument is out of range.
 
     Example:
@@ -62,7 +64,13 @@ class TokenBudgetSampler(Sampler[list[int]]):
         max_rows: int = 8192,
         padded: bool = False,
     ) -> None:
-        self.lengths = np.asarray(lengths, dtype=np.int64)
+        try:
+            self.lengths = np.asarray(lengths, dtype=np.int64)
+        except (TypeError, ValueError) as error:
+            raise TypeError(
+                "lengths has to be a list of the numbers of tokens of each row, such as"
+                " [len(ids) for ids in tokenizer(texts)['input_ids']]"
+            ) from error
         if self.lengths.ndim != 1 or not len(self.lengths) or self.lengths.min() < 1:
             raise ValueError("lengths has to be a list of positive numbers of tokens, not empty")
         if max_tokens < 1 or max_rows < 1:
@@ -190,10 +198,15 @@ class Collator:
 
     Raises:
         TypeError: If an item is neither a string nor such a pair, or labels make no tensor.
-        ValueError: If there are no items, or a label's name is none of the model's.
+        ValueError: If there are no items, or a label's name or number is none of the model's.
     """
 
     def __init__(self, model: TokenModel, *, packed: bool = True) -> None:
+        if not isinstance(model, TokenModel):
+            raise TypeError(
+                f"model is a {type(model).__name__}; pass an Encoder or Classifier, such as"
+                " Encoder.from_pretrained(name)"
+            )
         self._pack = model.packer
         self._pad_id = model.pad_id
         self._packed = packed
@@ -215,8 +228,8 @@ class Collator:
         return batch, self._stacked([item[1] for item in items])
 
     def _stacked(self, labels: list[Any]) -> Tensor:
-        if isinstance(labels[0], Tensor):
-            return torch.stack(labels)
+        if all(isinstance(label, Tensor) for label in labels):
+            return self._checked(torch.stack(labels), labels)
         for index, label in enumerate(labels):
             if isinstance(label, str) and not self._places:
                 raise TypeError(
@@ -226,9 +239,25 @@ class Collator:
             if isinstance(label, str):
                 labels[index] = number_of(label, self._places, f"items[{index}] has")
         try:
-            return torch.tensor(labels)
+            stacked = torch.tensor(labels)
         except (TypeError, ValueError, RuntimeError) as error:
             raise TypeError(
                 f"labels such as {labels[0]!r} make no tensor ({error}); pass a name or number for"
                 " each text, or equally long lists of numbers"
             ) from error
+        return self._checked(stacked, labels)
+
+    def _checked(self, stacked: Tensor, labels: Sequence[Any]) -> Tensor:
+        """Refuse numbers that are no place among the labels of a classifier with several."""
+        count = len(self._places)
+        if count < 2 or stacked.ndim != 1:
+            return stacked
+        for index, label in enumerate(labels):
+            whole = not isinstance(label, bool) and hasattr(label, "__index__")
+            whole &= not isinstance(label, Tensor) or label.dtype in _WHOLE
+            if not whole or not 0 <= int(label) < count:
+                raise ValueError(
+                    f"items[{index}] has the label {label!r}; the model has {count} labels, so"
+                    f" pass a name or a whole number from 0 to {count - 1}"
+                )
+        return stacked

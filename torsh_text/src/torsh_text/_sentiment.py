@@ -13,6 +13,7 @@ from ._classify import Classifier
 from ._heads import MissingHeadError
 from ._labels import Label
 from ._packing import PackedBatch
+from ._runtime import check_device
 from ._token_model import Attention
 from ._tokenizing import Long
 
@@ -22,10 +23,12 @@ _VALENCES = {
     "very negative": -1.0,
     "negative": -1.0,
     "neg": -1.0,
+    "bad": -1.0,
     "neutral": 0.0,
     "neu": 0.0,
     "positive": 1.0,
     "pos": 1.0,
+    "good": 1.0,
     "very positive": 1.0,
 }
 _RANKS = re.compile(r"(?:label[ _])?(\d+)(?: stars?)?")
@@ -49,7 +52,7 @@ class SentimentLabel(Label):
 def valences_of(labels: Iterable[str]) -> list[float]:
     """Read a valence from -1 to 1 off each label name.
 
-    Words count as they say: negative, neg; neutral, neu; positive, pos, with upper or lower case;
+    Words count as they say: negative, neg, bad; neutral, neu; positive, pos, good, in any case;
     with ``very`` beside them, the plain ones count half. Two, three or five labels that are only
     numbered (``LABEL_0``, ``1 star``, ``0``) count evenly from the worst to the best, as in SST-2
     (0 is negative), TweetEval (0, 1, 2) and star ratings.
@@ -113,6 +116,7 @@ class Sentiment(nn.Module):
             ``"cardiffnlp/twitter-roberta-base-sentiment-latest"``.
         valences: Valence from -1 to 1 of each label name; None reads them off the names (see
             :func:`valences_of` for the rules), which refuses what it cannot read.
+        device: Where a path or hub id is loaded; None for CUDA if there is one, else the CPU.
 
     Attributes:
         classifier: The classifier.
@@ -124,10 +128,12 @@ class Sentiment(nn.Module):
         classifier: Classifier | str | os.PathLike[str],
         *,
         valences: Mapping[str, float] | None = None,
+        device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
+        check_device(device, classifier)
         if isinstance(classifier, (str, os.PathLike)):
-            classifier = _load(classifier)
+            classifier = _load(classifier, device=device)
         if not isinstance(classifier, Classifier):
             raise TypeError(
                 f"classifier is a {type(classifier).__name__}; pass a Classifier, or the hub id or"

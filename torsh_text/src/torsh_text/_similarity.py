@@ -24,7 +24,7 @@ class SearchResult(NamedTuple):
     """Best matches of each query, best first: ``scores, ids = search(...)``.
 
     ``scores`` are float32, ``ids`` are rows of the corpus (int64); both are ``(queries, k)``, or
-    ``(k,)`` for one query.
+    ``(k,)`` for one query, with as many columns as the corpus has rows if these are fewer.
     """
 
     scores: Tensor
@@ -47,6 +47,16 @@ def _vectors(x: Vectors, name: str) -> Tensor | QuantizedVectors:
 def _check_metric(metric: str) -> None:
     if metric not in ("cosine", "dot"):
         raise ValueError(f"metric={metric!r} is neither 'cosine' nor 'dot'")
+
+
+def _check_count(value: object, name: str) -> None:
+    """Refuse what is neither None nor a positive integer."""
+    if value is None:
+        return
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"{name}={value!r} is no integer")
+    if value < 1:
+        raise ValueError(f"{name}={value} is not positive")
 
 
 def _prepared(x: Tensor, metric: str) -> Tensor:
@@ -79,7 +89,7 @@ def _scaled(products: Tensor, left: Tensor | None, right: Tensor | None) -> Tens
     return products if left is None else products * left.unsqueeze(1)
 
 
-def _check_finite(x: Tensor | QuantizedVectors, name: str, block: int) -> None:
+def check_finite(x: Tensor | QuantizedVectors, name: str, block: int) -> None:
     """Refuse a row that is not finite, block by block."""
     if isinstance(x, QuantizedVectors):
         if x.scales is None:
@@ -143,7 +153,7 @@ def _rescored(left: _Rows, ids: Tensor, finer: Tensor | QuantizedVectors, metric
         )
         if not bool(scores[here].sum().isfinite()):  # or a sum that overflowed
             for row in ids[here].flatten().tolist():
-                _check_finite(finer[row : row + 1], f"rescore[{row}:]", 1)
+                check_finite(finer[row : row + 1], f"rescore[{row}:]", 1)
     return scores
 
 
@@ -151,7 +161,7 @@ def _rescored(left: _Rows, ids: Tensor, finer: Tensor | QuantizedVectors, metric
 def search(
     queries: Vectors,
     corpus: Vectors,
-    k: int,
+    k: int = 10,
     *,
     metric: Metric = "cosine",
     block: int | None = None,
@@ -173,7 +183,7 @@ def search(
         queries: ``(queries, dim)`` or ``(dim,)``, a tensor, a numpy array or
             :class:`QuantizedVectors`.
         corpus: ``(rows, dim)``, likewise.
-        k: How many; 1 to ``rows``.
+        k: How many; of a smaller corpus all its rows come back, ``min(k, rows)``.
         metric: ``"cosine"`` or ``"dot"``.
         block: Rows whose scores are held at a time; None for as many as keep them under 32 MiB.
         rescore: Finer vectors of the same rows, in float or int8, such as a memory-mapped array:
@@ -185,7 +195,8 @@ def search(
         Scores and rows, tensors on the device of the queries.
 
     Raises:
-        TypeError: If vectors are neither a tensor nor an array of numbers nor quantized.
+        TypeError: If vectors are neither a tensor nor an array of numbers nor quantized, or ``k``
+            is no integer.
         ValueError: If an option does not fit, or a vector is not finite.
 
     Example:
@@ -198,8 +209,8 @@ def search(
         raise ValueError(
             f"queries have {left.shape[1]} entries a vector, the corpus has {right.shape[1]}"
         )
-    if not 1 <= k <= len(right):
-        raise ValueError(f"k={k} is not between 1 and the {len(right)} rows of the corpus")
+    _check_count(k, "k")
+    k = min(k, len(right))
     finer = None if rescore is None else _vectors(rescore, "rescore")
     if finer is None and candidates is not None:
         raise ValueError(f"candidates={candidates} is given without rescore; pass finer vectors")
@@ -209,11 +220,10 @@ def search(
         )
     if candidates is not None and candidates < k:
         raise ValueError(f"candidates={candidates} is less than k={k}")
-    if block is not None and block < 1:
-        raise ValueError(f"block={block} is not positive")
+    _check_count(block, "block")
     decoded = rows_at_a_time(right.shape[1], left.device)
     block = block or max(1, _SCORE_BYTES // (4 * max(len(left), 1)))
-    _check_finite(left, "queries", decoded)
+    check_finite(left, "queries", decoded)
     rows = _rows(left, metric)
     wanted = k if finer is None else min(candidates or _OVERSAMPLE * k, len(right))
     suspect = torch.zeros((), dtype=torch.bool, device=left.device)
@@ -229,8 +239,8 @@ def search(
         scores, ids = torch.cat([scores, best], 1), torch.cat([ids, where + start], 1)
         scores, ids = _in_order(scores, ids, wanted)
     if bool(suspect):  # or a sum that overflowed
-        _check_finite(right, "corpus", decoded)
-    if finer is not None:
+        check_finite(right, "corpus", decoded)
+    if finer is not None and len(right):
         scores, ids = _in_order(_rescored(rows, ids, finer, metric), ids, k)
     if queries.ndim == 1:
         return SearchResult(scores[0], ids[0])
@@ -320,12 +330,10 @@ def mine_pairs(
         raise ValueError("neither threshold nor k is given: all pairs would be kept; give one")
     if threshold is not None and math.isnan(threshold):
         raise ValueError("threshold is not a number")
-    if k is not None and k < 1:
-        raise ValueError(f"k={k} is not positive")
-    if block is not None and block < 1:
-        raise ValueError(f"block={block} is not positive")
+    _check_count(k, "k")
+    _check_count(block, "block")
     block = block or _PAIR_BLOCK
-    _check_finite(x, "x", block)
+    check_finite(x, "x", block)
     scores = _rows(x[:0], metric).matrix.flatten()
     ids = torch.empty(0, 2, dtype=torch.int64, device=x.device)
     kept: list[tuple[Tensor, Tensor]] = []

@@ -15,6 +15,7 @@ from ._cache import EmbeddingCache
 from ._encoder import Encoder
 from ._extract import check_diversity, facility_location, lexrank, mmr
 from ._generate import Generator
+from ._runtime import check_device
 from ._sentences import Sentence, split_sentences
 from ._similarity import similarity
 from ._splitting import split_to_fit
@@ -24,7 +25,8 @@ ExtractMethod = Literal["lexrank", "mmr", "facility"]
 _METHODS = ("lexrank", "mmr", "facility")
 _LONG = ("map-reduce", "truncate", "error")
 _INSTRUCTION = "Summarize the following text in a few short sentences:\n\n"
-_LONG_SENTENCE = 600  # characters, about a hundred words
+_LONG_SENTENCE = 400  # characters, about seventy words
+_WRAPPED = 0.75  # of the longest line: hard-wrapped lines are at least so long
 _ROUNDS = 12  # each at least halves the text
 
 
@@ -66,6 +68,8 @@ class Summarizer(nn.Module):
             ``"facebook/bart-large-cnn"``. Not needed to extract.
         encoder: An :class:`Encoder`, or what :meth:`Encoder.from_pretrained` takes, such as
             ``"sentence-transformers/all-MiniLM-L6-v2"``. Not needed to generate.
+        device: Where paths and hub ids are loaded; None for CUDA if there is one, else
+            the CPU.
 
     Raises:
         ValueError: If both are None.
@@ -75,18 +79,25 @@ class Summarizer(nn.Module):
         self,
         model: Generator | str | os.PathLike[str] | None = None,
         encoder: Encoder | str | os.PathLike[str] | None = None,
+        *,
+        device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
+        check_device(device, model, encoder)
         if model is None and encoder is None:
             raise ValueError(
                 "pass an encoder, such as 'sentence-transformers/all-MiniLM-L6-v2', to extract, or"
                 " a model, such as 'facebook/bart-large-cnn', to generate"
             )
         self.model = (
-            Generator.from_pretrained(model) if isinstance(model, (str, os.PathLike)) else model
+            Generator.from_pretrained(model, device=device)
+            if isinstance(model, (str, os.PathLike))
+            else model
         )
         self.encoder = (
-            Encoder.from_pretrained(encoder) if isinstance(encoder, (str, os.PathLike)) else encoder
+            Encoder.from_pretrained(encoder, device=device)
+            if isinstance(encoder, (str, os.PathLike))
+            else encoder
         )
         self.training = any(part.training for part in self.children())
 
@@ -130,9 +141,10 @@ class Summarizer(nn.Module):
         """Choose the sentences that say most, word for word, in the order of the text.
 
         Every sentence becomes a vector, so nothing is truncated; memory is quadratic in the
-        sentences of one text. A text of more than 600 characters in which
-        :func:`split_sentences` finds one sentence only is taken line by line; if it is one line
-        too, it comes out whole, and a warning tells how many such texts there are.
+        sentences of one text. What :func:`split_sentences` takes for one sentence of more than
+        400 characters is divided at the ends of lines, unless these are of about one length, as
+        in hard-wrapped text. A warning tells how many texts still hold one so long, which comes
+        out whole if it is chosen.
 
         Args:
             texts: The texts, or one text.
@@ -160,12 +172,12 @@ class Summarizer(nn.Module):
         _check_extract(sentences, ratio, diversity, method)
         items = [texts] if isinstance(texts, str) else checked_texts(texts)
         split = [_sentences(text) for text in items]
-        whole = sum(len(found) == 1 and len(found[0].text) > _LONG_SENTENCE for found in split)
-        if whole:
+        undivided = sum(any(len(one.text) > _LONG_SENTENCE for one in found) for found in split)
+        if undivided:
             warnings.warn(
-                f"{whole} of {len(items)} texts are one sentence of more than {_LONG_SENTENCE}"
-                " characters each and come out whole, since no mark and no line end divides them;"
-                " put each sentence on a line",
+                f"{undivided} of {len(items)} texts hold a sentence of more than {_LONG_SENTENCE}"
+                " characters, which no mark and no line end divides; if it is several, put each on"
+                " a line",
                 stacklevel=2,
             )
         vectors = self.encoder.encode(
@@ -297,12 +309,19 @@ def _check_extract(
 
 
 def _sentences(text: str) -> list[Sentence]:
-    """The sentences; the lines of a long text without marks between sentences."""
-    found = split_sentences(text)
-    if len(found) != 1 or len(found[0].text) <= _LONG_SENTENCE:
-        return found
-    spans = (match.span() for match in re.finditer(r"\S(?:.*\S)?", text))
-    return [Sentence(text[start:end], start, end) for start, end in spans]
+    """The sentences; of those that are too long for one, the lines, unless they are wrapped."""
+    found: list[Sentence] = []
+    for sentence in split_sentences(text):
+        lines = [match.span() for match in re.finditer(r"\S(?:.*\S)?", sentence.text)]
+        widths = [end - start for start, end in lines]
+        # of wrapped lines only the first and the last may be short
+        wrapped = min(widths[1:-1] or widths[:-1], default=0) >= _WRAPPED * max(widths)
+        if len(sentence.text) <= _LONG_SENTENCE or wrapped:
+            found.append(sentence)
+        else:
+            at = sentence.start
+            found += [Sentence(sentence.text[a:b], at + a, at + b) for a, b in lines]
+    return found
 
 
 def _choose(x: Tensor, k: int, diversity: float, method: str) -> tuple[list[int], list[float]]:

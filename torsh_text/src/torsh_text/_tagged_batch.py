@@ -1,6 +1,6 @@
 """Sentences with their tags as one batch, for the training of taggers."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,7 +49,7 @@ class TaggedBatch:
 
 
 def collate_tagged(
-    examples: Iterable[tuple[Sequence[str], Sequence[str]]],
+    examples: Iterable[tuple[Sequence[str], Sequence[str | int]]],
     *,
     tokenizer: RowTokenizer,
     scheme: TagScheme,
@@ -59,7 +59,7 @@ def collate_tagged(
     """Tokenize sentences given as words and their tags, as :meth:`Tagger.collate` says.
 
     Args:
-        examples: ``(words, tags)`` pairs; tags are names.
+        examples: ``(words, tags)`` pairs; tags are names or their places in the scheme.
         tokenizer: Cuts sentences that are too long into several rows.
         scheme: The tags and what they mean.
         legal: Which tags may be neighbours, if breaking this is refused.
@@ -109,14 +109,19 @@ def collate_tagged(
 
 
 def _joined(
-    examples: Iterable[tuple[Sequence[str], Sequence[str]]], labels: Sequence[str]
+    examples: Iterable[tuple[Sequence[str], Sequence[str | int]]], labels: Sequence[str]
 ) -> tuple[list[str], list[list[tuple[int, int]]], list[list[int]]]:
     """Join words by spaces; return texts, the characters of each word, and tag indices."""
     numbers = {label: number for number, label in enumerate(labels)}
     texts: list[str] = []
     spans: list[list[tuple[int, int]]] = []
     tags: list[list[int]] = []
-    for index, (words, names) in enumerate(examples):
+    for index, example in enumerate(examples):
+        if not isinstance(example, (tuple, list)) or len(example) != 2:
+            raise TypeError(
+                f"example {index} is {example!r:.80}; pass (words, tags), two lists of equal length"
+            )
+        words, names = example
         if isinstance(words, str) or isinstance(names, str):
             whole = words if isinstance(words, str) else names
             raise TypeError(
@@ -131,12 +136,28 @@ def _joined(
         start = 0
         places: list[tuple[int, int]] = []
         for word in words:
+            if not isinstance(word, str):
+                raise TypeError(f"example {index} has the word {word!r}, which is no string")
             places.append((start, start + len(word)))
             start += len(word) + 1
         texts.append(" ".join(words))
         spans.append(places)
-        tags.append([number_of(name, numbers, f"example {index} has") for name in names])
+        tags.append([_tag(name, numbers, index) for name in names])
     return texts, spans, tags
+
+
+def _tag(tag: object, numbers: Mapping[str, int], example: int) -> int:
+    """Number of a tag, which is given by its name or its number."""
+    if isinstance(tag, str):
+        return number_of(tag, numbers, f"example {example} has")
+    if not isinstance(tag, int | np.integer) or isinstance(tag, bool):
+        raise TypeError(f"example {example} has the tag {tag!r}; pass names or their numbers")
+    if not 0 <= tag < len(numbers):
+        raise ValueError(
+            f"example {example} has the tag {tag}; the {len(numbers)} tags have the numbers 0 to"
+            f" {len(numbers) - 1}"
+        )
+    return int(tag)
 
 
 def _first_tokens(

@@ -227,7 +227,7 @@ class Tagger(TokenModel):
             return F.cross_entropy(logits, batch.tags)
         return -self.crf(logits, batch.tags, batch.lengths).sum() / len(batch.tags)
 
-    def collate(self, examples: Iterable[tuple[Sequence[str], Sequence[str]]]) -> TaggedBatch:
+    def collate(self, examples: Iterable[tuple[Sequence[str], Sequence[str | int]]]) -> TaggedBatch:
         """Tokenize sentences given as words and their tags: ``collate_fn`` of a ``DataLoader``.
 
         Words are joined by spaces, as they would come in a text. The first token of each word
@@ -235,13 +235,14 @@ class Tagger(TokenModel):
         Words without any token (some tokenizers drop control characters) are left out.
 
         Args:
-            examples: ``(words, tags)`` pairs; tags are names.
+            examples: ``(words, tags)`` pairs; tags are names, or places in :attr:`labels` as in
+                the data sets of the hub (check that these are in the same order).
 
         Returns:
             The batch on the CPU. Its rows are sorted by length, its words are in input order.
 
         Raises:
-            TypeError: If words or tags are a single string.
+            TypeError: If an example is no pair of lists, or holds what is no word or tag.
             ValueError: If words and tags do not match, a tag is unknown or, with a CRF, illegal.
         """
         return collate_tagged(

@@ -3,7 +3,7 @@
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 from torch import Tensor, nn
@@ -20,6 +20,15 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 Attention = Literal["auto", "packed", "padded"]
+
+
+class Cut(NamedTuple):
+    """What :func:`warn_cut` takes, for a warning that a public method gives."""
+
+    cut: int
+    of: str
+    max_length: int
+    remedy: str = ""
 
 
 @dataclass(frozen=True)
@@ -47,7 +56,7 @@ class Packer:
 
 
 def warn_cut(cut: int, of: str, max_length: int, remedy: str = "") -> None:
-    """Say that texts were cut, if any were."""
+    """Say that texts were cut, if any were, of the line that called the caller's caller."""
     if cut:
         warnings.warn(
             f"{cut} of {of} have more than max_length={max_length} tokens and were cut{remedy}",

@@ -28,6 +28,8 @@ def checked_texts(texts: Iterable[str], *, unicode: bool = False) -> list[str]:
             if isinstance(texts, Mapping)
             else f"texts is a {type(texts).__name__}, which has no order; pass a list"
         )
+    if not isinstance(texts, Iterable):
+        raise TypeError(f"texts is {texts!r}; pass a string or a list of strings")
     items = list(texts)
     for index, text in enumerate(items):
         if not isinstance(text, str):
@@ -39,12 +41,12 @@ def checked_texts(texts: Iterable[str], *, unicode: bool = False) -> list[str]:
     return items
 
 
-def check_unicode(text: str, index: int) -> None:
+def check_unicode(text: str, index: int, name: str = "texts") -> None:
     try:
         text.encode()
     except UnicodeEncodeError as error:
         raise ValueError(
-            f"texts[{index}] holds a lone surrogate at character {error.start}, which"
+            f"{name}[{index}] holds a lone surrogate at character {error.start}, which"
             " is no Unicode text; decode the source with errors='replace'"
         ) from error
 
@@ -66,6 +68,12 @@ class TokenRows:
     pieces: np.ndarray
     too_long: list[int]
     types: np.ndarray | None = None
+
+    def finished(self, rows: np.ndarray) -> np.ndarray:
+        """Which texts have all their rows among these, bool ``(texts,)``."""
+        done = np.zeros(len(self.lengths), bool)
+        done[rows] = True
+        return np.logical_and.reduceat(done, np.cumsum(self.pieces) - self.pieces)
 
     def batch(self, rows: np.ndarray, *, first_position: int = 0) -> PackedBatch:
         """Pack some of the rows."""

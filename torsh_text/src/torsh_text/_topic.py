@@ -58,11 +58,14 @@ class DocumentTopics:
         scores: How well each document fits its topic ``(documents,)``; 0 for none.
         affinities: The same for every topic ``(documents, topics)``: the cosine to its center
             (the nearest, if topics were merged), or NMF's shares, which sum to 1.
+        truncated: Whether each document was too long for the encoder and its end was not read,
+            bool ``(documents,)``; False where vectors were given.
     """
 
     labels: Tensor
     scores: Tensor
     affinities: Tensor
+    truncated: Tensor
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,8 @@ from ._cache import EmbeddingCache
 from ._coherence import diversity, npmi
 from ._document_vectors import TextEncoder, document_vectors, loaded_encoder
 from ._terms import StopWords, stopped_words, weighted_terms, words_of
-from ._tokenizing import checked_texts
+from ._token_model import warn_cut
+from ._tokenizing import Long, checked_texts
 from ._topic import DocumentTopics, Topic, TopicMerge, TopicPeriod
 from ._topic_file import read_topics, write_topics
 from ._topic_merging import merge_topics
@@ -48,6 +49,7 @@ class TopicModel:
         words: Words that describe a topic, at most.
         stop_words: As for :func:`torsh_text.topic_terms`.
         tokenize: Splits a text into words.
+        device: Where a path or hub id is loaded; None for CUDA if there is one, else the CPU.
 
     Example:
         >>> texts = ["red apple", "green apple pie", "fast car", "red car race", "a car"]
@@ -75,6 +77,7 @@ class TopicModel:
         words: int = 10,
         stop_words: StopWords = "english",
         tokenize: Callable[[str], Iterable[str]] = words_of,
+        device: torch.device | str | None = None,
     ) -> None:
         if method not in get_args(TopicMethod):
             valid = ", ".join(map(repr, get_args(TopicMethod)))
@@ -88,7 +91,7 @@ class TopicModel:
             raise ValueError("k='auto' does not go with method='nmf'; give a number of topics")
         if words < 1:
             raise ValueError(f"words={words} is not positive")
-        self.encoder = loaded_encoder(encoder)
+        self.encoder = loaded_encoder(encoder, device)
         self.k: int | Literal["auto"] = k
         self.method: TopicMethod = method
         self.seed = seed
@@ -107,6 +110,7 @@ class TopicModel:
         *,
         vectors: Tensor | np.ndarray | None = None,
         cache: EmbeddingCache | str | os.PathLike[str] | None = None,
+        long: Long = "truncate",
     ) -> "TopicModel":
         """Find the topics of documents, the largest first; what was known before is forgotten.
 
@@ -118,12 +122,15 @@ class TopicModel:
             vectors: Their vectors ``(documents, dim)``, if there are any already; they are scaled
                 to length one.
             cache: Where an :class:`Encoder` keeps the vectors, as for :meth:`Encoder.encode`.
+            long: What an :class:`Encoder` does with documents beyond its ``max_length``, as for
+                :meth:`Encoder.encode`.
 
         Returns:
             This model.
 
         Raises:
-            TypeError: If a document is no string, or ``cache`` is given with another encoder.
+            TypeError: If a document is no string, or ``cache`` or ``long`` is given with another
+                encoder.
             ValueError: If there are no documents, vectors do not fit them, or there is nothing to
                 encode for the cache.
             ImportError: If scikit-learn is missing for HDBSCAN or NMF.
@@ -131,11 +138,12 @@ class TopicModel:
         items = checked_texts(texts)
         if not items:
             raise ValueError("texts is empty; topics need at least one document")
+        x, _ = self._vectors(items, vectors, None, cache, long)
         parts, self._fitted = TopicParts.find(
             self.method,
             items,
             self._words(items),
-            self._vectors(items, vectors, None, cache),
+            x,
             k=self.k,
             seed=self.seed,
         )
@@ -154,6 +162,7 @@ class TopicModel:
         *,
         vectors: Tensor | np.ndarray | None = None,
         cache: EmbeddingCache | str | os.PathLike[str] | None = None,
+        long: Long = "truncate",
     ) -> DocumentTopics:
         """Tell the topics of documents; the model does not change.
 
@@ -165,6 +174,7 @@ class TopicModel:
             texts: The documents, or one document.
             vectors: Their vectors ``(documents, dim)``, if there are any already.
             cache: As for :meth:`fit`.
+            long: As for :meth:`fit`.
 
         Returns:
             Topics in input order, on the device of the vectors; without the axis of documents
@@ -175,14 +185,17 @@ class TopicModel:
             ValueError: If vectors do not fit the documents or the model.
         """
         parts = self._known()
-        if isinstance(texts, str):
-            one = None if vectors is None else as_tensor(vectors, "vectors").reshape(1, -1)
-            found = self.transform([texts], vectors=one, cache=cache)
-            return DocumentTopics(found.labels[0], found.scores[0], found.affinities[0])
-        items = checked_texts(texts)
-        counts = self._words(items) if self.method == "nmf" else []
-        x = self._vectors(items, vectors, parts, cache)
-        return self._described(*parts.place(counts, x, self._groups))
+        single = isinstance(texts, str)
+        if single and vectors is not None:
+            vectors = as_tensor(vectors, "vectors").reshape(1, -1)
+        items = checked_texts([texts] if isinstance(texts, str) else texts)
+        x, cut = self._vectors(items, vectors, parts, cache, long)
+        found = self._placed(parts, items, x, cut)
+        if not single:
+            return found
+        return DocumentTopics(
+            found.labels[0], found.scores[0], found.affinities[0], found.truncated[0]
+        )
 
     def update(
         self,
@@ -190,6 +203,7 @@ class TopicModel:
         *,
         vectors: Tensor | np.ndarray | None = None,
         cache: EmbeddingCache | str | os.PathLike[str] | None = None,
+        long: Long = "truncate",
         new_below: float | None = None,
         new_size: int = 5,
     ) -> DocumentTopics:
@@ -197,7 +211,8 @@ class TopicModel:
 
         Each document counts in the topic that :meth:`transform` gives it. Centers become the means
         of all documents ever counted (with NMF the factors stay), and sizes, words and typical
-        documents are brought up to date.
+        documents are brought up to date; :attr:`labels` goes on to speak of the documents of
+        :meth:`fit` alone, so keep what this returns.
 
         A new topic is opened only if ``new_below`` is given: among the documents whose cosine to
         every center is below it, the one with the most others at least that similar to it makes a
@@ -208,6 +223,7 @@ class TopicModel:
             texts: New documents.
             vectors: Their vectors, if there are any already.
             cache: As for :meth:`fit`.
+            long: As for :meth:`fit`.
             new_below: Cosine below which a document may belong to a new topic, such as 0.3.
             new_size: Fewest documents of a new topic.
 
@@ -227,7 +243,7 @@ class TopicModel:
             raise ValueError(f"new_size={new_size} is not positive")
         items = checked_texts(texts)
         counts = self._words(items)
-        x = self._vectors(items, vectors, parts, cache)
+        x, cut = self._vectors(items, vectors, parts, cache, long)
         labels, affinities = parts.place(counts, x, self._groups)
         if new_below is not None:
             old = len(parts.sizes)
@@ -235,7 +251,7 @@ class TopicModel:
             self._groups += [(part,) for part in range(old, len(parts.sizes))]
         parts.add(items, counts, x, labels, taken(affinities, labels))
         self._topics = None
-        return self._described(labels, affinities)
+        return self._described(labels, affinities, cut)
 
     def reduce(self, k: int) -> "TopicModel":
         """Merge the two most similar topics until ``k`` are left, then number them by size.
@@ -337,6 +353,7 @@ class TopicModel:
         *,
         vectors: Tensor | np.ndarray | None = None,
         cache: EmbeddingCache | str | os.PathLike[str] | None = None,
+        long: Long = "truncate",
         words: int = 5,
     ) -> list[TopicPeriod]:
         """Tell how much and in which words each topic was present at each time.
@@ -349,6 +366,7 @@ class TopicModel:
                 Documents of one time are those whose times are equal, so round them first.
             vectors: Their vectors, if there are any already.
             cache: As for :meth:`fit`.
+            long: As for :meth:`fit`.
             words: Words of each topic at each time, at most.
 
         Returns:
@@ -357,7 +375,9 @@ class TopicModel:
         items = checked_texts(texts)
         if len(times) != len(items):
             raise ValueError(f"{len(items)} texts came with {len(times)} times")
-        labels = self.transform(items, vectors=vectors, cache=cache).labels.tolist()
+        parts = self._known()
+        x, cut = self._vectors(items, vectors, parts, cache, long)
+        labels = self._placed(parts, items, x, cut).labels.tolist()
         sizes: Counter[tuple[Hashable, int]] = Counter()
         counts: dict[tuple[Hashable, int], Counter[str]] = {}
         for count, time, label in zip(self._words(items), times, labels, strict=True):
@@ -403,6 +423,7 @@ class TopicModel:
         encoder: TextEncoder | str | os.PathLike[str] | None = None,
         *,
         tokenize: Callable[[str], Iterable[str]] | None = None,
+        device: torch.device | str | None = None,
     ) -> "TopicModel":
         """Read a model that :meth:`save` wrote; nothing is unpickled.
 
@@ -411,6 +432,7 @@ class TopicModel:
             encoder: The encoder it was fitted with, as for :class:`TopicModel`; a warning tells if
                 it is another one.
             tokenize: The function it was made with, if it was one of your own.
+            device: As for :class:`TopicModel`.
 
         Raises:
             ValueError: If the file is damaged or no topic model, or ``tokenize`` does not fit it.
@@ -420,7 +442,7 @@ class TopicModel:
             raise ValueError(f"{str(path)!r} was made with a tokenize of its own; pass it")
         if not note["own_tokenize"] and tokenize not in (None, words_of):
             raise ValueError(f"{str(path)!r} was made with the built-in tokenize; leave it out")
-        encoder = loaded_encoder(encoder)
+        encoder = loaded_encoder(encoder, device)
         expected, found = note["encoder"], getattr(encoder, "fingerprint", None)
         if expected and found and expected != found:
             warnings.warn(
@@ -465,32 +487,44 @@ class TopicModel:
         vectors: Tensor | np.ndarray | None,
         parts: TopicParts | None,
         cache: EmbeddingCache | str | os.PathLike[str] | None,
-    ) -> Tensor:
+        long: Long,
+    ) -> tuple[Tensor, list[bool]]:
         """Check vectors, or make them; rows of length one, or of no entries for NMF."""
         if self.method == "nmf":
             if vectors is not None:
                 raise ValueError("vectors were given, but method='nmf' looks at words alone")
             if cache is not None:
                 raise ValueError("cache was given, but method='nmf' looks at words alone")
-            return torch.empty(len(texts), 0)
-        return unit_rows(
-            document_vectors(
-                texts,
-                vectors,
-                encoder=self.encoder,
-                cache=cache,
-                dim=parts.dim if parts else None,
-            )
+            if long != "truncate":
+                raise ValueError("long was given, but method='nmf' looks at words alone")
+            return torch.empty(len(texts), 0), [False] * len(texts)
+        x, cut, why = document_vectors(
+            texts,
+            vectors,
+            encoder=self.encoder,
+            cache=cache,
+            dim=parts.dim if parts else None,
+            long=long,
         )
+        if why is not None:
+            warn_cut(*why)
+        return unit_rows(x), cut
 
-    def _described(self, labels: Tensor, affinities: Tensor) -> DocumentTopics:
+    def _placed(
+        self, parts: TopicParts, texts: list[str], x: Tensor, cut: list[bool]
+    ) -> DocumentTopics:
+        counts = self._words(texts) if self.method == "nmf" else []
+        return self._described(*parts.place(counts, x, self._groups), cut)
+
+    def _described(self, labels: Tensor, affinities: Tensor, cut: list[bool]) -> DocumentTopics:
         """Turn parts into the topics that hold them."""
         merged = affinities.new_empty(len(labels), len(self._groups))
         for number, group in enumerate(self._groups):
             own = affinities[:, list(group)]
             merged[:, number] = own.sum(1) if self.method == "nmf" else own.amax(1)
         numbers = self._numbers().to(labels.device)[labels]
-        return DocumentTopics(numbers, taken(merged, numbers), merged)
+        truncated = torch.tensor(cut, dtype=torch.bool, device=numbers.device)
+        return DocumentTopics(numbers, taken(merged, numbers), merged, truncated)
 
     def _numbers(self) -> Tensor:
         """Topic of each part, and -1 behind the last, which is what label -1 reads."""

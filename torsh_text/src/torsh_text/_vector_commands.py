@@ -3,12 +3,15 @@
 import re
 import sys
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+import torch
+
 from ._default_models import ENCODER
-from ._jsonl import GOES_ON, Texts, check_out, read_texts, why_no_text
-from ._printing import json_text, print_json, print_line, print_table
+from ._jsonl import GOES_ON, Texts, check_out, read_texts
+from ._printing import json_text, print_json, print_line, print_table, rounded
 from ._writing import replacing, write_bytes
 
 if TYPE_CHECKING:
@@ -21,15 +24,27 @@ Long = Literal["truncate", "error", "mean"]
 _NOT_KEPT = "--cache FOLDER would keep what it computes for the next run"
 
 
-def _read(file: Path, field: str, out: Path | None, *, overwrite: bool) -> Texts:
-    """Read texts that a model takes, if what comes of them may be written."""
-    if out is not None:
-        check_out(out, overwrite=overwrite, source=file)
+def _read(file: Path, field: str, *, overwrite: bool, **targets: Path | None) -> Texts:
+    """Read texts that a model takes, if what comes of them may be written to ``targets``."""
+    named: dict[Path, str] = {}
+    for option, path in targets.items():
+        if path is None:
+            continue
+        suffix = ".json" if option == "out" else None
+        check_out(path, overwrite=overwrite, source=file, option=option, suffix=suffix)
+        if (other := named.setdefault(path.resolve(), option)) != option:
+            raise ValueError(f"{other} and {option} are both {str(path)!r}; name two files")
     source = read_texts(file, field)
-    for line, text in zip(source.lines, source.texts, strict=True):
-        if (why := why_no_text(text)) is not None:
-            raise ValueError(f"{file}:{line}: {why}; mend or remove it")
+    for line, why in source.faults.items():
+        raise ValueError(f"{file}:{line}: {why}; mend or remove it")
     return source
+
+
+def _refuse(options: Mapping[str, object], method: str) -> None:
+    """Refuse options that a method does not use."""
+    for name, value in options.items():
+        if value is not None:
+            raise ValueError(f"{name}={str(value)!r} is not for --method {method}; leave it out")
 
 
 def _encoded(
@@ -101,9 +116,9 @@ def embed(
 
     if out is None and file == Path("-"):
         raise ValueError("the vectors of the standard input have no file; name it with --out")
+    source = _read(file, field, overwrite=False)
     target = out or file.with_suffix(".safetensors")
     check_target(target, file)
-    source = _read(file, field, None, overwrite=False)
     encoder, vectors = _encoded(file, source, model, cache, long=long, device=device)
     save_vectors(target, vectors, model=model, fingerprint=encoder.fingerprint)
     print_line(f"{len(source.texts):,} vectors of {encoder.dim} entries in {target}")
@@ -145,10 +160,10 @@ def search(
     from ._similarity import search as find
 
     if not queries:
-        raise ValueError("queries is empty; write what to look for behind the file")
+        raise ValueError("there is nothing to look for; write it behind the file")
     if k is not None and k < 1:
         raise ValueError(f"k={k} is not positive")
-    source = _read(file, field, out, overwrite=overwrite)
+    source = _read(file, field, overwrite=overwrite, out=out)
     roles = ("document", "passage", "corpus")
     encoder, vectors = _encoded(file, source, model, cache, long=long, device=device, roles=roles)
     asked = encoder.encode(list(queries), prompt=_prompt(encoder, "query"))
@@ -158,7 +173,7 @@ def search(
             "query": query,
             "matches": [
                 {
-                    "score": round(score, 4),
+                    "score": rounded(score),
                     "line": source.lines[index],
                     "text": source.texts[index],
                 }
@@ -214,14 +229,15 @@ def cluster(
         cache: Folder that keeps the vectors for later runs.
         plot: Picture of the texts as points, such as map.svg.
         out: A .json file for what --json prints.
-        overwrite: Replace OUT.
+        overwrite: Replace OUT and PLOT.
         json: Print JSON, with the group of each text, instead of a table.
     """
     from ._cluster import cluster as group
     from ._terms import topic_terms
 
+    group(torch.empty(0, 1), k=k, method=method)  # which looks at the options only
     _check_picture(plot)
-    source = _read(file, field, out, overwrite=overwrite)
+    source = _read(file, field, overwrite=overwrite, plot=plot, out=out)
     texts = source.texts
     _, vectors = _encoded(file, source, model, cache, long=long, device=device)
     found = group(vectors, k=k, method=method, seed=seed)
@@ -230,7 +246,7 @@ def cluster(
     if plot is not None:
         from ._plot import plot_map
 
-        _save(plot_map(vectors, found.labels, names=names), plot)
+        _save(plot_map(vectors, found.labels, names=names), plot, told=not json)
     groups = [{"label": t.label, "size": t.size, "words": list(t.words)} for t in terms]
     result = {"groups": groups, "labels": found.labels.tolist()}
     if out is not None:
@@ -249,8 +265,8 @@ def topics(
     k: int | Literal["auto"] = "auto",
     method: Literal["kmeans", "spherical", "hdbscan", "nmf"] = "kmeans",
     seed: int = 0,
-    model: str = ENCODER,
-    long: Long = "truncate",
+    model: str | None = None,
+    long: Long | None = None,
     device: str | None = None,
     field: str = "text",
     cache: Path | None = None,
@@ -265,35 +281,47 @@ def topics(
     Args:
         file: One text a line, or a .jsonl file; - for the standard input.
         k: Number of topics, or auto; nmf needs a number.
-        method: How to find them.
+        method: How to find them. nmf looks at words and needs no encoder, so that MODEL, LONG,
+            DEVICE and CACHE are for --plot there.
         seed: Seed of all that is random.
-        model: Hub id or folder of the encoder.
-        long: What happens to a text that is too long: truncate cuts it, error refuses it, mean
-            averages the vectors of its pieces.
+        model: Hub id or folder of the encoder; sentence-transformers/all-MiniLM-L6-v2 if not
+            given.
+        long: What happens to a text that is too long: truncate (if not given) cuts it, error
+            refuses it, mean averages the vectors of its pieces.
         device: Where it runs: cpu, cuda, cuda:1; CUDA if there is one, else the CPU.
         field: Field of the .jsonl objects that holds the text.
         cache: Folder that keeps the vectors for later runs.
         save: Where to keep the topic model, for TopicModel.load.
         plot: Picture of the texts as points, such as map.svg.
         out: A .json file for what --json prints.
-        overwrite: Replace OUT.
+        overwrite: Replace OUT, SAVE and PLOT.
         json: Print JSON, with the topic of each text, instead of a table.
     """
     from ._topics import TopicModel
 
+    if method == "nmf" and k == "auto":
+        raise ValueError("--method nmf needs a number of topics; give it with --k")
+    fitted = TopicModel(k=k, method=method, seed=seed)
+    by_words = method == "nmf"
+    if by_words and plot is None:
+        _refuse({"model": model, "long": long, "device": device, "cache": cache}, method)
     _check_picture(plot)
-    source = _read(file, field, out, overwrite=overwrite)
-    texts = source.texts
-    encoder, vectors = _encoded(file, source, model, cache, long=long, device=device)
-    used = None if method == "nmf" else vectors  # which looks at words
-    fitted = TopicModel(encoder, k=k, method=method, seed=seed).fit(texts, vectors=used)
-    found = fitted.transform(texts, vectors=used)
+    source = _read(file, field, overwrite=overwrite, save=save, plot=plot, out=out)
+    texts, vectors = source.texts, None
+    if plot is not None or not by_words:
+        _, vectors = _encoded(
+            file, source, model or ENCODER, cache, long=long or "truncate", device=device
+        )
+    used = None if by_words else vectors
+    found = fitted.fit(texts, vectors=used).transform(texts, vectors=used)
     if save is not None:
         fitted.save(save)
-    if plot is not None:
+        if not json:
+            print_line(f"topic model in {save}")
+    if plot is not None and vectors is not None:
         from ._plot import plot_topic_map
 
-        _save(plot_topic_map(vectors, found.labels, fitted.topics), plot)
+        _save(plot_topic_map(vectors, found.labels, fitted.topics), plot, told=not json)
     kept = ("id", "size", "words", "documents")
     described = [{name: getattr(t, name) for name in kept} for t in fitted.topics]
     result = {"topics": described, "labels": found.labels.tolist()}
@@ -350,14 +378,10 @@ def duplicates(
     from ._near_duplicates import near_duplicates
 
     of_vectors = {"model": model, "long": long, "device": device, "cache": cache}
-    for name, value in (of_vectors if method == "words" else {"ngram": ngram}).items():
-        if value is not None:
-            raise ValueError(f"{name}={str(value)!r} is not for --method {method}; leave it out")
-    if keep is not None:
-        check_out(keep, overwrite=overwrite, source=file, option="keep")
-        if out is not None and keep.absolute() == out.absolute():
-            raise ValueError(f"out and keep are both {str(out)!r}; name two files")
-    source = _read(file, field, out, overwrite=overwrite)
+    _refuse(of_vectors if method == "words" else {"ngram": ngram}, method)
+    nothing = [] if method == "words" else torch.empty(0, 1)
+    near_duplicates(nothing, threshold, ngram=ngram)  # which looks at the options only
+    source = _read(file, field, overwrite=overwrite, keep=keep, out=out)
     if method == "words":
         found = near_duplicates(source.texts, threshold, ngram=ngram)
     else:
@@ -389,7 +413,7 @@ def _described(found: "Duplicates", source: Texts) -> list[list[dict[str, Any]]]
             best[row] = max(score, best.get(row, score))
     return [
         [
-            {"score": round(best[i], 4), "line": source.lines[i], "text": source.texts[i]}
+            {"score": rounded(best[i]), "line": source.lines[i], "text": source.texts[i]}
             for i in group
         ]
         for group in found.groups
@@ -412,10 +436,6 @@ def _check_picture(path: Path | None) -> None:
     """Refuse a picture that could not be written, before anything is computed."""
     if path is None:
         return
-    if not path.parent.is_dir():
-        raise FileNotFoundError(
-            f"plot={str(path)!r}: there is no folder {str(path.parent)!r}; make it first"
-        )
     try:
         from matplotlib.backend_bases import FigureCanvasBase
     except ImportError:
@@ -427,6 +447,8 @@ def _check_picture(path: Path | None) -> None:
         )
 
 
-def _save(axes: Any, path: Path) -> None:
-    figure = axes.figure
-    figure.savefig(path, bbox_inches="tight")
+def _save(axes: Any, path: Path, *, told: bool) -> None:
+    with replacing(path) as file:
+        axes.figure.savefig(file, format=path.suffix.removeprefix("."), bbox_inches="tight")
+    if told:
+        print_line(f"map in {path}")

@@ -23,6 +23,8 @@ def sync(path: Path) -> None:
 @contextmanager
 def replacing(target: Path) -> Iterator[BinaryIO]:
     """Give a file to write, which then takes the place of ``target``, unless the body raises."""
+    if not target.parent.is_dir():
+        raise FileNotFoundError(f"there is no folder {str(target.parent)!r}; make it first")
     # not of tempfile, which would make the target readable by its owner only
     temporary = target.with_name(f".{target.name}.{secrets.token_hex(8)}")
     try:
@@ -57,6 +59,8 @@ def staged_folder(folder: Path, *, last: str | None = None) -> Iterator[Path]:
         folder: Where the files shall be; made if it does not exist.
         last: Name of the file that is moved when all others are there.
     """
+    if folder.exists() and not folder.is_dir():
+        raise FileExistsError(f"{str(folder)!r} is a file; pass a folder, or a new name for one")
     folder.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:

@@ -19,9 +19,10 @@ from ._generator_loading import load_generator
 from ._heads import MissingHeadError
 from ._label_likelihood import check_tree, label_likelihoods, likelihoods_one_by_one
 from ._labels import Label, check_ranking, checked_names, ranked
-from ._runtime import Budget, check_max_tokens, default_max_tokens
+from ._runtime import Budget, check_device, check_max_tokens, default_max_tokens
 from ._similarity import similarity
-from ._tokenizing import Long, checked_texts, named_surrogates
+from ._token_model import warn_cut
+from ._tokenizing import Long, checked_texts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -79,13 +80,10 @@ class ZeroShot(nn.Module):
             raise ValueError(f"via={via!r} is none of 'auto', 'nli', 'embed', 'lm'")
         if temperature is not None and not temperature > 0:
             raise ValueError(f"temperature={temperature} is not positive")
+        check_device(device, model)
         used: Any = model
         if isinstance(model, (str, os.PathLike)):
             used, tokenizer = _load(model, via, _backbone.resolve_device(device))
-        elif device is not None:
-            raise ValueError(
-                f"device={str(device)!r} is for a path or hub id; move the model itself"
-            )
         elif isinstance(model, Generator):
             used, tokenizer = model.model, model.tokenizer
         self._use(used, via, tokenizer, temperature)
@@ -192,7 +190,7 @@ class ZeroShot(nn.Module):
         """
         names = checked_names(labels, least=1 if multi_label else 2)
         check_ranking(top_k=top_k, min_score=min_score, several=multi_label, count=len(names))
-        items = [texts] if isinstance(texts, str) else checked_texts(texts)
+        items = checked_texts([texts] if isinstance(texts, str) else texts, unicode=True)
         scores, cut = self._scored(
             items, names, template, multi_label, long, max_tokens, cache, progress
         )
@@ -227,7 +225,7 @@ class ZeroShot(nn.Module):
             float32 ``(texts, labels)``, or ``(labels,)`` for one text.
         """
         names = checked_names(labels, least=1 if multi_label else 2)
-        items = [texts] if isinstance(texts, str) else checked_texts(texts)
+        items = checked_texts([texts] if isinstance(texts, str) else texts, unicode=True)
         scores, _ = self._scored(
             items, names, template, multi_label, long, max_tokens, cache, progress
         )
@@ -263,18 +261,23 @@ class ZeroShot(nn.Module):
         if any(module.training for module in self.model.modules()):
             raise RuntimeError("the model is in training mode; call .eval() first")
         sentences = [template.replace("{}", name) for name in names]
+        first = {text: number for number, text in reversed(list(enumerate(texts)))}
         unique = list(dict.fromkeys(texts))
+        numbers = [first[text] for text in unique]
         if self.via == "embed":
             labels = self.model.encode(sentences)
-            vectors, left_out = self.model.vectors_and_cuts(
+            vectors, left_out, why = self.model.vectors_and_cuts(
                 texts, long=long, max_tokens=max_tokens, cache=cache, progress=progress
             )
+            warn_cut(*why)
             cut = {text for text, is_cut in zip(texts, left_out, strict=True) if is_cut}
             return (similarity(vectors, labels) / self._temperature).softmax(-1), cut
         if self.via == "nli":
-            scores, cut = self._entail(unique, sentences, multi_label, long, max_tokens, progress)
+            scores, cut = self._entail(
+                unique, numbers, sentences, multi_label, long, max_tokens, progress
+            )
         else:
-            scores, cut = self._ask(unique, names, long, max_tokens)
+            scores, cut = self._ask(unique, numbers, names, long, max_tokens)
         _warn_cut(cut)
         places = {text: index for index, text in enumerate(unique)}
         where = torch.tensor([places[text] for text in texts], dtype=torch.int64)
@@ -283,6 +286,7 @@ class ZeroShot(nn.Module):
     def _entail(
         self,
         texts: list[str],
+        numbers: list[int],
         sentences: list[str],
         multi_label: bool,
         long: Long,
@@ -304,7 +308,11 @@ class ZeroShot(nn.Module):
             some = texts[start : start + step]
             pairs = [(text, sentence) for text in some for sentence in sentences]
             rows, long_pairs = classifier.logits_of_pairs(
-                pairs, long=long, max_tokens=max_tokens, progress=progress
+                pairs,
+                numbers=[n for n in numbers[start : start + step] for _ in sentences],
+                long=long,
+                max_tokens=max_tokens,
+                progress=progress,
             )
             logits[start : start + step] = rows.view(len(some), len(sentences), -1)
             cut.update(text for text, _ in long_pairs)
@@ -315,7 +323,12 @@ class ZeroShot(nn.Module):
         return (entailed - logits[..., self._contradicted]).sigmoid(), cut
 
     def _ask(
-        self, texts: list[str], names: list[str], long: Long, max_tokens: int | Literal["auto"]
+        self,
+        texts: list[str],
+        numbers: list[int],
+        names: list[str],
+        long: Long,
+        max_tokens: int | Literal["auto"],
     ) -> tuple[Tensor, set[str]]:
         answers = [self._ids(name if self._chats else f" {name}") for name in names]
         before, after = self._frame(names)
@@ -328,15 +341,13 @@ class ZeroShot(nn.Module):
             )
         found: list[list[int]] = []
         cut = set[str]()
-        with named_surrogates(texts):
-            tokens = [self._ids(text, plain=True) for text in texts]
-        for index, (text, ids) in enumerate(zip(texts, tokens, strict=True)):
+        for number, text in zip(numbers, texts, strict=True):
+            ids = self._ids(text, plain=True)
             if len(ids) > room:
                 cut.add(text)
                 if long == "error":
                     raise ValueError(
-                        f"{text[:60]!r} (different text {index}) has {len(ids)} tokens, {room} fit;"
-                        " use long='truncate'"
+                        f"texts[{number}] has {len(ids)} tokens, {room} fit; use long='truncate'"
                     )
             found.append([*before, *ids[:room], *after])
         device, dtype = self.model.device, self.model.dtype
