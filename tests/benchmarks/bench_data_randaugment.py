@@ -1,8 +1,8 @@
-"""RandAugment(2, 9): our batch with a policy per image, beside torchvision image by image.
+"""Augmentation policies: our batch with a draw per image, beside torchvision image by image.
 
-On the CPU one thread is timed, as in a loader's worker. On a GPU torchvision gets the batch at
-once, with one policy for all of it, and image by image for what is comparable. Keys are on in all
-our runs.
+On the CPU one thread is timed, as in a loader's worker, and Pillow images too. On a GPU torchvision
+gets the batch at once, with one policy for all of it, and image by image for what is comparable.
+Keys are on in all our runs.
 
     python tests/benchmarks/bench_data_randaugment.py --rounds 9 --json result.json
 """
@@ -23,7 +23,11 @@ ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "torsh_data" / "src"))
 
 from torsh_data import vision  # noqa: E402
-from torsh_data.vision import _policy  # noqa: E402
+from torsh_data.vision._engine import apply_ops  # noqa: E402
+from torsh_data.vision._tables import AUTO_AUGMENT, CODES, OPS, WARPS  # noqa: E402
+
+# Images read and written per image: layers twice, and AugMix's chains with their sum.
+PASSES = {"RandAugment": 4, "TrivialAugmentWide": 2, "AutoAugment": 4, "AugMix": 18}
 
 
 def pictures(batch: int, size: int) -> torch.Tensor:
@@ -36,13 +40,13 @@ def pictures(batch: int, size: int) -> torch.Tensor:
 def check(images: torch.Tensor, transforms: object) -> None:
     """Our operations, with the magnitudes drawn, are torchvision's."""
     base = transforms._auto_augment._AutoAugmentBase()
-    table = _policy.magnitudes(31, *images.shape[-2:])
     mode = transforms.InterpolationMode.NEAREST
-    for number, name in enumerate(_policy.OPS):
-        power = table[name][9]
+    table = AUTO_AUGMENT.magnitudes(31, *images.shape[-2:])
+    for name, row in zip(AUTO_AUGMENT.ops, table, strict=True):
+        power = row[9].item()
         ours = images.clone()
-        strength = [torch.full((len(images),), power, dtype=torch.float64)] * 14
-        _policy.apply_ops(ours, torch.full((len(images),), number), strength, None, "nearest")
+        codes = torch.full((len(images),), CODES[name])
+        apply_ops(ours, codes, row[9].expand(len(images)), None, "nearest")
         theirs = torch.stack(
             [
                 base._apply_image_or_video_transform(i, name, power, mode, {torch.Tensor: None})
@@ -50,7 +54,7 @@ def check(images: torch.Tensor, transforms: object) -> None:
             ]
         )
         different = (ours != theirs).float().mean().item()
-        if different > (1e-3 if name in _policy._WARPS else 0):
+        if different > (1e-3 if name in WARPS else 0):
             raise RuntimeError(f"{name} differs from torchvision in {different:.2%} of the pixels")
 
 
@@ -69,18 +73,13 @@ def device_time(run: Callable[[], object]) -> float:
 
 
 def copy_time(images: torch.Tensor, clock: Callable[[Callable[[], object]], float]) -> float:
-    """The limit: read and write each image once for each of two layers."""
-
-    def copy() -> None:
-        for _ in range(2):
-            images.clone()
-
-    return min(clock(copy) for _ in range(10))
+    """Seconds to read and write the whole batch once."""
+    return min(clock(images.clone) for _ in range(20))
 
 
-def measure(images: torch.Tensor, rounds: int, transforms: object) -> dict:
+def measure(name: str, images: torch.Tensor, rounds: int, transforms: object) -> dict:
     clock = device_time if images.is_cuda else host_time
-    ours, theirs = vision.RandAugment(), transforms.RandAugment()
+    ours, theirs = getattr(vision, name)(), getattr(transforms, name)()
     keys = torch.arange(len(images))
     contenders: dict[str, Callable[[], object]] = {
         "torsh, a policy per image": lambda: ours(images, keys),
@@ -88,26 +87,60 @@ def measure(images: torch.Tensor, rounds: int, transforms: object) -> dict:
     }
     if images.is_cuda:
         contenders["torchvision, one policy per batch"] = lambda: theirs(images)
+    else:
+        pillow = [transforms.functional.to_pil_image(image) for image in images]
+        contenders["torsh, list of Pillow images"] = lambda: ours(pillow, keys)
+        contenders["torchvision, Pillow images"] = lambda: [theirs(image) for image in pillow]
     for run in contenders.values():
         run()
-    times: dict[str, list[float]] = {name: [] for name in contenders}
+    times: dict[str, list[float]] = {contender: [] for contender in contenders}
     for _ in range(rounds):
-        for name, run in contenders.items():
-            times[name].append(clock(run) / len(images) * 1e6)
-    limit = copy_time(images, clock) / len(images) * 1e6
+        for contender, run in contenders.items():
+            times[contender].append(clock(run) / len(images) * 1e6)
+    passes = PASSES[name] / 2
     return {
-        "limit_us": limit,
+        "limit_us": passes * copy_time(images, clock) / len(images) * 1e6,
         "us_per_image": {
-            name: {"median": statistics.median(t), "lowest": min(t), "highest": max(t)}
-            for name, t in times.items()
+            contender: {"median": statistics.median(t), "lowest": min(t), "highest": max(t)}
+            for contender, t in times.items()
         },
     }
+
+
+def measure_operations(images: torch.Tensor, rounds: int) -> dict[str, float]:
+    """Median microseconds per image of each operation."""
+    clock = device_time if images.is_cuda else host_time
+    table = AUTO_AUGMENT.magnitudes(31, *images.shape[-2:])[:, 9]
+    out, result = images.clone(), {}
+    for name, power in zip(AUTO_AUGMENT.ops, table, strict=True):
+        codes, powers = torch.full((len(out),), OPS.index(name)), power.expand(len(out))
+
+        def run(codes: torch.Tensor = codes, powers: torch.Tensor = powers) -> None:
+            apply_ops(out, codes, powers, None, "nearest")
+
+        run()
+        result[name] = statistics.median(clock(run) for _ in range(rounds)) / len(out) * 1e6
+    return result
+
+
+def show(name: str, measured: dict, pixels: int) -> None:
+    moved = PASSES[name] * pixels * 3 / 1e6
+    print(f"\n{name:36}{'median':>9}{'lowest':>9}{'highest':>9}{'% limit':>9}   {moved:.2f} MB")
+    lines = measured["us_per_image"]
+    for contender, line in lines.items():
+        share = 100 * measured["limit_us"] / line["median"]
+        times = f"{line['median']:>9.2f}{line['lowest']:>9.2f}{line['highest']:>9.2f}"
+        print(f"{contender:36}{times}{share:>9.1f}")
+    medians = [line["median"] for line in lines.values()]
+    print(f"{medians[1] / medians[0]:.2f} times torchvision image by image", end="")
+    print("" if len(medians) < 4 else f", {medians[3] / medians[2]:.2f} times with Pillow images")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--policies", nargs="+", choices=PASSES, default=list(PASSES))
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     try:
@@ -127,18 +160,16 @@ def main() -> None:
     for batch, size in ((256, 32), (256 if cuda else 32, 224)):
         images = pictures(batch, size)
         check(images[:16], transforms)
-        measured = measure(images.to(options.device), options.rounds, transforms)
-        result["sizes"][f"{batch}x3x{size}x{size}"] = measured
-        moved = size * size * 12 / 1e6
-        print(f"\n{batch} x 3 x {size} x {size} uint8, us per image; {moved:.2f} MB moved")
-        print(f"{'':36}{'median':>9}{'lowest':>9}{'highest':>9}{'% limit':>9}")
-        for name, line in measured["us_per_image"].items():
-            share = 100 * measured["limit_us"] / line["median"]
-            print(
-                f"{name:36}{line['median']:>9.2f}{line['lowest']:>9.2f}{line['highest']:>9.2f}{share:>9.1f}"
-            )
-        medians = [line["median"] for line in measured["us_per_image"].values()]
-        print(f"{medians[1] / medians[0]:.2f} times torchvision image by image")
+        images = images.to(options.device)
+        print(f"\n{batch} x 3 x {size} x {size} uint8, us per image")
+        sizes = result["sizes"][f"{batch}x3x{size}x{size}"] = {"policies": {}}
+        for name in options.policies:
+            measured = measure(name, images, options.rounds, transforms)
+            sizes["policies"][name] = measured
+            show(name, measured, size * size)
+        sizes["operations"] = measure_operations(images, options.rounds)
+        each = (f"{name} {time:.1f}" for name, time in sizes["operations"].items())
+        print("\neach operation: " + ", ".join(each))
     if options.json:
         options.json.write_text(json.dumps(result, indent=1) + "\n")
 

@@ -312,7 +312,7 @@ def test_empty_record_batches_of_foreign_files_are_passed_over(tmp_path):
 
 
 def test_what_is_no_data_set_is_refused(tmp_path, original):
-    with pytest.raises(FileNotFoundError, match=r"no .arrow or .parquet files there"):
+    with pytest.raises(FileNotFoundError, match=r"no .arrow, .parquet, .tar or .jsonl files"):
         ShardedDataset(tmp_path)
     with pytest.raises(FileNotFoundError, match=r"nothing.arrow is missing"):
         ShardedDataset([tmp_path / "nothing.arrow"])

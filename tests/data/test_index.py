@@ -1,17 +1,28 @@
 import json
+from pathlib import Path
 
 import pytest
 
+from torsh_data import ShardedDataset
 from torsh_data._index import Index, ShardEntry, hash_bytes, read_index, replace_file, write_index
 
 ENTRY = ShardEntry("shard-00000.arrow", 3, 100, [2, 1], [0, 60, 90], ["ab", "cd"], "ef")
-INDEX = Index(3, 100, {"x": "int64"}, None, [ENTRY])
+INDEX = Index(3, 100, {"x": "int64"}, None, [ENTRY], {"classes": ["cat", "dog"]})
 
 
 def test_an_index_comes_back_as_it_was_written(tmp_path):
     write_index(tmp_path, INDEX)
     assert read_index(tmp_path / "index.json") == INDEX
     assert [path.name for path in tmp_path.iterdir()] == ["index.json"]
+
+
+def test_an_index_of_version_1_is_read():
+    folder = Path(__file__).parent / "fixtures" / "index_v1"
+    index = read_index(folder / "index.json")
+    assert (index.rows, index.metadata) == (5, {})
+    data = ShardedDataset(folder)
+    assert [sample["text"] for sample in data] == [f"no {n}" for n in range(5)]
+    assert data[3]["image"].tolist() == [[3, 3, 3], [3, 3, 3]]
 
 
 def test_the_checksum_is_xxh3_of_64_bits():
@@ -35,7 +46,7 @@ def test_every_flipped_byte_is_noticed(tmp_path):
 
 @pytest.mark.parametrize(
     ("name", "value", "message"),
-    [("format", "other", "has format 'other'"), ("version", 2, "reads version 1; update it")],
+    [("format", "other", "has format 'other'"), ("version", 3, "reads up to 2; update it")],
 )
 def test_foreign_and_newer_indexes_are_refused(tmp_path, name, value, message):
     write_index(tmp_path, INDEX)

@@ -459,3 +459,10 @@ def test_a_path_is_no_dataset(tmp_path):
     for path in (tmp_path, str(tmp_path)):
         with pytest.raises(TypeError, match=r"is a path; use StreamLoader\(ShardedDataset"):
             StreamLoader(path, 4)
+
+
+def test_the_number_of_workers_can_be_measured():
+    samples = [{"x": torch.tensor([n])} for n in range(64)]
+    stream = StreamLoader(samples, 8, num_workers="auto", rank=0, world_size=1)
+    assert isinstance(stream.num_workers, int)
+    assert len(list(stream)) == 8

@@ -72,3 +72,33 @@ def test_without_tyro_the_extra_is_named(tmp_path):
     result = run("doctor", PYTHONPATH=path)
     assert result.returncode == 1
     assert result.stderr.strip().endswith("pip install 'torsh-data[cli]'")
+
+
+def test_convert_write_and_sheet(tmp_path):
+    images = pytest.importorskip("PIL.Image")
+    pytest.importorskip("matplotlib")
+    for name, colour in (("night", "black"), ("snow", "white")):
+        (tmp_path / "pictures" / name).mkdir(parents=True)
+        for n in range(3):
+            images.new("RGB", (8, 8), colour).save(tmp_path / "pictures" / name / f"{n}.png")
+    done = run("convert", tmp_path / "pictures", tmp_path / "shards", "--shuffle-seed", 0)
+    assert done.returncode == 0, done.stderr
+    assert "6 samples in 1 shards" in done.stdout
+    drawn = run("sheet", tmp_path / "shards", tmp_path / "s.png", "--samples", 2)
+    assert drawn.returncode == 0, drawn.stderr
+    with images.open(tmp_path / "s.png") as picture:
+        assert picture.size[0] > 100
+    refused = run("sheet", tmp_path / "shards", tmp_path / "s.png", "--column", "picture")
+    assert refused.returncode != 0
+    assert refused.stderr.strip() == "torsh-data: no column 'picture'; there are ['image', 'label']"
+    for name, rows in (("a", 4), ("b", 3)):
+        lines = "".join(json.dumps({"n": n}) + "\n" for n in range(rows))
+        (tmp_path / f"{name}.jsonl").write_text(lines)
+    joined = run("write", tmp_path / "both", tmp_path / "a.jsonl", tmp_path / "b.jsonl")
+    assert "7 samples in 1 shards" in joined.stdout
+    again = run("write", tmp_path / "both", tmp_path / "a.jsonl")
+    assert again.returncode != 0
+    assert again.stderr.startswith("torsh-data: ")
+    nothing = run("convert", tmp_path / "nowhere", tmp_path / "out")
+    assert nothing.stderr.startswith("torsh-data: ")
+    assert "Traceback" not in nothing.stderr

@@ -3,9 +3,7 @@ import fcntl
 import hashlib
 import json
 import logging
-import multiprocessing
 import os
-import time
 from pathlib import Path
 
 import numpy as np
@@ -55,7 +53,7 @@ def test_shards_are_plain_arrow_files(tmp_path):
 def test_the_index_says_what_there_is(tmp_path):
     write_shards(numbers(10), tmp_path)
     index = json.loads((tmp_path / "index.json").read_text())
-    assert (index["format"], index["version"], index["rows"]) == ("torsh-shards", 1, 10)
+    assert (index["format"], index["version"], index["rows"]) == ("torsh-shards", 2, 10)
     assert index["bytes"] == (tmp_path / "shard-00000.arrow").stat().st_size
     assert index["schema"]["label"] == "int64"
 
@@ -128,16 +126,135 @@ def test_a_data_set_that_lost_its_index_is_not_removed(tmp_path):
     assert digest(tmp_path) == before
 
 
-def test_a_writer_that_fails_takes_back_what_it_wrote(tmp_path):
+def spoilt(count, value="x"):
+    return [*numbers(count), {"image": numbers(1)[0]["image"], "label": value}]
+
+
+def test_a_writer_that_fails_before_a_shard_is_finished_takes_back_what_it_wrote(tmp_path):
     (tmp_path / "notes.txt").write_bytes(b"mine")
-    with pytest.raises(TypeError, match="sample 300: column 'label' holds str"):
-        write_shards(
-            [*numbers(300), {"image": numbers(1)[0]["image"], "label": "x"}],
-            tmp_path,
-            shard_bytes="3kB",
-            block_bytes="500B",
-        )
+    with pytest.raises(TypeError, match="sample 30: column 'label' holds str"):
+        write_shards(spoilt(30), tmp_path, shard_bytes="3kB", block_bytes="500B")
     assert set(digest(tmp_path)) == {"notes.txt"}
+
+
+SMALL = {"shard_bytes": "3kB", "block_bytes": "500B"}
+
+
+def test_a_writer_that_fails_keeps_what_is_finished_and_the_next_goes_on(tmp_path):
+    with pytest.raises(TypeError, match="sample 300: column 'label' holds str") as caught:
+        write_shards(spoilt(300), tmp_path / "a", **SMALL)
+    assert "finished shard(s) stay in" in caught.value.__notes__[0]
+    first = (tmp_path / "a" / "shard-00000.arrow").stat()
+    write_shards(iter(spoilt(300, 300)), tmp_path / "a", **SMALL)
+    write_shards(spoilt(300, 300), tmp_path / "b", **SMALL)
+    assert digest(tmp_path / "a") == digest(tmp_path / "b")
+    assert (tmp_path / "a" / "shard-00000.arrow").stat().st_ino == first.st_ino
+
+
+@pytest.mark.parametrize(
+    ("samples", "options", "error", "message"),
+    [
+        (numbers(300), {"shard_bytes": "4kB"}, ValueError, "shard_bytes=4000, but the unfinished"),
+        (numbers(300), {"compression": "lz4"}, ValueError, "compression='lz4', but the unfin"),
+        (numbers(300), {"num_workers": 2}, ValueError, "num_workers=2, but the unfinished"),
+        (numbers(300), {"shuffle_seed": 1}, ValueError, "shuffle_seed=1, but the unfinished"),
+        ([{"label": 1}], {}, ValueError, r"columns='label: int64.*' but the unfinished|columns="),
+        (numbers(300)[1:], {}, ValueError, r"samples: the \d+ from number 0 on are not those"),
+        (iter(numbers(300)[1:]), {}, ValueError, r"samples: the \d+ from number 0 on are not"),
+        (iter(numbers(100)), {}, ValueError, "samples has 100 samples, but 2.. were written"),
+        (numbers(100), {}, ValueError, "samples has 100 samples, but 2.. were written"),
+    ],
+)
+def test_a_writer_that_would_write_something_else_is_refused(
+    tmp_path, samples, options, error, message
+):
+    with pytest.raises(TypeError):
+        write_shards(spoilt(300), tmp_path, **SMALL)
+    before = digest(tmp_path)
+    with pytest.raises(error, match=message) as caught:
+        write_shards(samples, tmp_path, **{**SMALL, **options})
+    assert "resume=False" in str(caught.value)
+    after = digest(tmp_path)
+    assert {n for n in before if n[0] != "."} == {n for n in after if n[0] != "."}
+    write_shards(numbers(5), tmp_path, resume=False)
+    assert len(ShardedDataset(tmp_path)) == 5
+    assert set(digest(tmp_path)) == {"shard-00000.arrow", "index.json"}
+
+
+@pytest.mark.parametrize("damage", ["missing", "short", "changed"])
+def test_a_finished_shard_that_changed_is_not_built_upon(tmp_path, damage):
+    with pytest.raises(TypeError):
+        write_shards(spoilt(300), tmp_path, **SMALL)
+    path = tmp_path / "shard-00001.arrow"
+    content = path.read_bytes()
+    if damage == "missing":
+        path.unlink()
+    else:
+        flipped = content[:-20] + bytes([content[-20] ^ 1]) + content[-19:]
+        path.write_bytes(content[:-1] if damage == "short" else flipped)
+    found = {"missing": "is missing", "short": "has .* bytes, not", "changed": "is damaged"}[damage]
+    with pytest.raises(RuntimeError, match=rf"shard-00001.arrow, finished .* {found}"):
+        write_shards(numbers(301), tmp_path, **SMALL)
+
+
+def test_a_function_is_asked_for_the_samples_that_are_not_written_yet(tmp_path):
+    starts = []
+
+    def make(start, last="x"):
+        starts.append(start)
+        return iter(spoilt(300, last)[start:])
+
+    with pytest.raises(TypeError):
+        write_shards(make, tmp_path, **SMALL)
+    starts.clear()
+    write_shards(lambda start: make(start, 300), tmp_path, **SMALL)
+    assert starts[:2] == [0, 0]  # the columns, and the first block
+    assert 200 < starts[2] < 300
+    assert len(starts) == 3
+    assert [s["label"] for s in ShardedDataset(tmp_path)] == list(range(301))
+
+
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+@pytest.mark.parametrize("shuffle_seed", [None, 3])
+def test_workers_write_what_one_process_would_in_files_of_their_own(tmp_path, shuffle_seed):
+    write_shards(numbers(300), tmp_path / "one", shuffle_seed=shuffle_seed, **SMALL)
+    write_shards(
+        numbers(300), tmp_path / "three", shuffle_seed=shuffle_seed, num_workers=3, **SMALL
+    )
+    one, three = ShardedDataset(tmp_path / "one"), ShardedDataset(tmp_path / "three")
+    assert [s["label"] for s in three] == [s["label"] for s in one]
+    names = [Path(name).name for name in three.files]
+    assert names == sorted(names)
+    assert names[0] == "shard-00000-00000.arrow"
+    assert names[-1].startswith("shard-00002-")
+    assert all(damage is None for _, damage in three.check())
+    assert not list((tmp_path / "three").glob(".*"))
+
+
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+def test_an_error_in_a_worker_is_that_of_the_call(tmp_path):
+    with pytest.raises(TypeError, match="sample 300: column 'label' holds str") as caught:
+        write_shards(spoilt(300), tmp_path, num_workers=2, **SMALL)
+    assert any("In worker 1:" in note for note in caught.value.__notes__)
+    write_shards(spoilt(300, 300), tmp_path, num_workers=2, **SMALL)
+    assert [s["label"] for s in ShardedDataset(tmp_path)] == list(range(301))
+
+
+def test_metadata_is_kept_as_it_will_be_read(tmp_path):
+    given = {"classes": ("cat", "dog"), "mean": [0.5], "about": {"made": "today"}}
+    write_shards(numbers(3), tmp_path, metadata=given)
+    assert read_index(tmp_path / "index.json").metadata == {**given, "classes": ["cat", "dog"]}
+
+
+def test_a_bar_is_shown_when_asked_for(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("torsh_data._progress._PATIENCE", 0.0)
+    monkeypatch.setenv("FORCE_COLOR", "1")  # as on a terminal
+    write_shards(numbers(300), tmp_path / "shown", progress=True, **SMALL)
+    assert "Writing" in capsys.readouterr().out
+    write_shards(numbers(300), tmp_path / "not", **SMALL)
+    monkeypatch.delenv("FORCE_COLOR")
+    write_shards(numbers(300), tmp_path / "piped", progress=True, **SMALL)
+    assert capsys.readouterr().out == ""
 
 
 def test_a_second_writer_in_the_same_folder_is_refused(tmp_path):
@@ -189,6 +306,16 @@ def test_without_locks_in_the_file_system_writing_goes_on_with_a_warning(tmp_pat
             TypeError,
             "shuffle_seed=0 needs samples with a length",
         ),
+        ([{"a": 1}], {"num_workers": -1}, ValueError, "num_workers=-1 must be a number of proc"),
+        (iter([{"a": 1}]), {"num_workers": 2}, TypeError, "num_workers=2 needs samples with a l"),
+        (
+            [{"a": 1}],
+            {"metadata": {"a": {1}}},
+            ValueError,
+            "metadata is kept as JSON, which cannot",
+        ),
+        ([{"a": 1}], {"metadata": [1]}, TypeError, r"metadata=\[1\] must be a mapping"),
+        ({"a": 1}, {}, TypeError, "sample 0 is a str; a sample is a mapping"),
         (
             [{"a": 1}],
             {"schema": pa.schema([("b", pa.int8())])},
@@ -252,42 +379,6 @@ def test_any_samples_come_back(tmp_path_factory, data):
                 assert torch.equal(now[name], value)
             else:
                 assert now[name] == value
-
-
-def write_many(folder):
-    image = torch.arange(48, dtype=torch.uint8).view(3, 4, 4)
-    samples = ({"image": image + n % 200, "label": n} for n in range(3000))
-    write_shards(samples, folder, shard_bytes="10kB", block_bytes="1kB")
-
-
-@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
-def test_a_writer_killed_at_any_point_leaves_nothing_or_everything(tmp_path):
-    context = multiprocessing.get_context("fork")
-    begin = time.perf_counter()
-    whole = context.Process(target=write_many, args=(tmp_path / "whole",))
-    whole.start()
-    whole.join()
-    duration = time.perf_counter() - begin
-    assert whole.exitcode == 0
-    expected = digest(tmp_path / "whole")
-    shards_left = []
-    for attempt, share in enumerate(np.random.default_rng(0).uniform(0, 1, 20)):
-        folder = tmp_path / str(attempt)
-        child = context.Process(target=write_many, args=(folder,))
-        child.start()
-        time.sleep(share * duration)
-        child.kill()
-        child.join()
-        if (folder / "index.json").exists():
-            (folder / ".write_shards.lock").unlink(missing_ok=True)
-            assert digest(folder) == expected
-            continue
-        with pytest.raises((FileNotFoundError, RuntimeError), match="did not finish"):
-            ShardedDataset(folder)
-        shards_left.append(len(list(folder.glob("*.arrow"))))
-        write_shards(numbers(5), folder)
-        assert len(ShardedDataset(folder)) == 5
-    assert any(0 < count < len(expected) for count in shards_left)
 
 
 def test_an_unfinished_folder_is_not_opened_file_by_file(tmp_path):

@@ -1,6 +1,8 @@
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from scipy import stats
 
 from torsh_data import vision
@@ -218,6 +220,47 @@ def test_settings_out_of_range_are_refused(options, message):
 def test_inputs_that_do_not_fit_are_refused(images, labels, options, message):
     with pytest.raises(ValueError, match=message):
         vision.MixupCutmix(3)(images, labels, **options)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_is_averaged_in_float32(dtype):
+    images, mix = torch.rand(8, 1, 4, 4).to(dtype), vision.MixupCutmix(8, cutmix_alpha=0.0)
+    mixed, targets = mix(images, torch.arange(8), keys(8))
+    exact, same = mix(images.float(), torch.arange(8), keys(8))
+    assert torch.equal(mixed, exact.to(dtype))
+    assert torch.equal(targets, same)
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    count=st.integers(0, 9),
+    channels=st.sampled_from([1, 3]),
+    height=st.integers(1, 70),
+    width=st.integers(1, 70),
+    mode=st.sampled_from(["sample", "batch"]),
+    smoothing=st.sampled_from([0.0, 0.1]),
+    dtype=st.sampled_from([torch.float32, torch.float64, torch.bfloat16]),
+    soft=st.booleans(),
+    seed=st.integers(0, 1000),
+)
+def test_what_is_visible_is_in_the_targets(
+    count, channels, height, width, mode, smoothing, dtype, soft, seed
+):
+    """One class for each image, whose pixels are its number: the mean tells the targets."""
+    mix = vision.MixupCutmix(9, label_smoothing=smoothing, mode=mode)
+    images = torch.arange(count).view(-1, 1, 1, 1).expand(-1, channels, height, width).to(dtype)
+    labels = torch.arange(count)
+    labels = torch.nn.functional.one_hot(labels, 9).float() if soft else labels
+    mixed, targets = mix(images, labels, keys(count, seed))
+    assert mixed.shape == images.shape
+    assert mixed.dtype == dtype
+    assert torch.allclose(targets.sum(1), torch.ones(count), rtol=0, atol=1e-6)
+    plain = (targets - smoothing / 9) / (1 - smoothing)
+    expected = plain.double() @ torch.arange(9).double()
+    mean = mixed.double().mean(dim=(1, 2, 3)) if mixed.numel() else torch.zeros(count).double()
+    # bfloat16 keeps eight bits of a number up to 8
+    tolerance = 0.05 if dtype == torch.bfloat16 else 1e-4
+    assert torch.allclose(mean, expected, rtol=0, atol=tolerance)
 
 
 def test_draws_lie_behind_those_of_the_policy():

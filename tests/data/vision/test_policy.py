@@ -1,284 +1,272 @@
-import math
+"""What holds for every policy: inputs, keys, and what a result depends on."""
 
 import numpy as np
 import pytest
 import torch
-from scipy import stats
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
 
-from torsh_data import vision
-from torsh_data._rng import sample_keys
-from torsh_data.vision import _policy
-from torsh_data.vision._policy import OPS, apply_ops, magnitudes
+import torsh_data
+from torsh_data import ShardedDataset, StreamLoader, vision, write_shards
+from torsh_data._rng import generator
+from torsh_data.vision._engine import Drawn
 
-MOVES = [name for name in OPS if name.startswith(("Shear", "Rotate"))]
-
-
-def pictures(channels=3, height=37, width=30):
-    """Smooth, noisy, flat, dark and two-level images."""
-    torch.manual_seed(5)
-    size = (height, width)
-    smooth = torch.nn.functional.interpolate(torch.rand(3, channels, 5, 5), size, mode="bicubic")
-    smooth = smooth.mul(255).clamp(0, 255).to(torch.uint8)
-    noise = torch.randint(0, 256, (3, channels, *size), dtype=torch.uint8)
-    dark = torch.randint(3, 9, (1, channels, *size), dtype=torch.uint8)
-    flat = torch.full((1, channels, *size), 77, dtype=torch.uint8)
-    levels = torch.where(noise[:1] > 200, 255, 0).to(torch.uint8)
-    return torch.cat([smooth, noise, dark, flat, levels])
+POLICIES = {
+    "RandAugment": vision.RandAugment(num_ops=3, interpolation="bilinear"),
+    "TrivialAugmentWide": vision.TrivialAugmentWide(),
+    "imagenet": vision.AutoAugment("imagenet"),
+    "cifar10": vision.AutoAugment("cifar10"),
+    "svhn": vision.AutoAugment("svhn"),
+    "AugMix": vision.AugMix(),
+}
+each_policy = pytest.mark.parametrize("policy", POLICIES.values(), ids=POLICIES)
 
 
-def ours(images, name, magnitude, interpolation="nearest", fill=None):
-    out = images.clone()
-    chosen = torch.full((len(images),), OPS.index(name))
-    strength = [torch.full((len(images),), magnitude, dtype=torch.float64)] * len(OPS)
-    apply_ops(out, chosen, strength, fill, interpolation)
-    return out
+def picture(tensor):
+    pixels = tensor[0] if len(tensor) == 1 else tensor.permute(1, 2, 0)
+    return Image.fromarray(pixels.numpy())
 
 
-def theirs(images, name, magnitude, interpolation="nearest", fill=None):
-    transforms = pytest.importorskip("torchvision.transforms.v2")
-    base = transforms._auto_augment._AutoAugmentBase()
-    mode = transforms.InterpolationMode(interpolation)
-    return torch.stack(
-        [
-            base._apply_image_or_video_transform(
-                image, name, magnitude, interpolation=mode, fill={torch.Tensor: fill}
-            )
-            for image in images
-        ]
-    )
+def unpicture(image):
+    pixels = torch.from_numpy(np.array(image))
+    return pixels[None] if pixels.ndim == 2 else pixels.permute(2, 0, 1)
 
 
-def cases(name):
-    for index in (0, 1, 9, 16, 30):
-        yield magnitudes(31, 37, 30)[name][index]
-        if name in _policy._SIGNED:
-            yield -magnitudes(31, 37, 30)[name][index]
-
-
-def share_of_different_pixels(a, b):
-    return (a != b).float().mean().item()
-
-
-@pytest.mark.parametrize("channels", [1, 3])
-@pytest.mark.parametrize("name", OPS)
-def test_each_operation_is_that_of_torchvision(name, channels):
-    images = pictures(channels)
-    for magnitude in cases(name):
-        a, b = ours(images, name, magnitude), theirs(images, name, magnitude)
-        if name in MOVES:  # a coordinate half-way between pixels may round to either
-            assert share_of_different_pixels(a, b) <= 1e-3
-        else:
-            assert torch.equal(a, b)
-    if name != "Identity" and (name, channels) != ("Color", 1):  # and it does something at all
-        strongest = ours(images, name, magnitudes(31, 37, 30)[name][30])
-        assert share_of_different_pixels(strongest, images) > 0.1
-
-
-@pytest.mark.parametrize("name", [name for name in OPS if name in _policy._WARPS])
-def test_bilinear_warps_are_within_one_level(name):
-    images = pictures()
-    for magnitude in cases(name):
-        a, b = (f(images, name, magnitude, "bilinear").int() for f in (ours, theirs))
-        # one level where a sum of four products lies next to a half
-        assert (a - b).abs().max() <= 1
-        assert share_of_different_pixels(a, b) < 0.02
-
-
-@pytest.mark.parametrize("fill", [[7.0], [1.0, 200.0, 30.0]])
-@pytest.mark.parametrize("interpolation", ["nearest", "bilinear"])
-def test_fill_shows_where_there_is_no_image(fill, interpolation):
-    images = pictures()
-    a = ours(images, "TranslateX", 9.0, interpolation, torch.tensor(fill).expand(3))
-    b = theirs(images, "TranslateX", 9.0, interpolation, fill)
-    assert torch.equal(a, b)
-    assert torch.equal(a[0, :, 0, 0], torch.tensor(fill).expand(3).to(torch.uint8))
-
-
-def test_bilinear_borders_blend_with_the_fill_once():
-    white = torch.full((1, 1, 8, 8), 200, dtype=torch.uint8)
-    filled = ours(white, "Rotate", 20.0, "bilinear", torch.tensor([200.0]))
-    assert torch.equal(filled, white)
-    black = ours(white, "Rotate", 20.0, "bilinear", torch.tensor([0.0]))
-    assert torch.equal(black, ours(white, "Rotate", 20.0, "bilinear"))
-
-
-@pytest.mark.parametrize("name", OPS)
-def test_floats_are_augmented_like_torchvision_does_it(name):
-    images = pictures() / 255
-    for magnitude in cases(name):
-        a, b = ours(images, name, magnitude), theirs(images, name, magnitude)
-        if name in MOVES:
-            assert share_of_different_pixels(a, b) <= 1e-3
-        else:  # sums in another order; a level more or less where Posterize cuts
-            different = (a - b).abs() > 1e-5
-            assert different.float().mean() <= (1e-3 if name == "Posterize" else 0)
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
-def test_other_floats_keep_their_dtype(dtype):
-    images = (pictures() / 255).to(dtype)
-    keys = torch.arange(len(images))
-    out = vision.RandAugment()(images, keys)
-    assert out.dtype == dtype
-    assert out.min() >= 0
-    assert out.max() <= 1
-
-
-@pytest.mark.parametrize("size", [(1, 1), (2, 5), (5, 2), (3, 3)])
-def test_tiny_images_go_through_every_operation(size):
-    images = pictures(3, *size)
-    for name in OPS:
-        magnitude = magnitudes(31, *size)[name][9]
-        if name in MOVES:
-            ours(images, name, magnitude)
-        else:
-            assert torch.equal(ours(images, name, magnitude), theirs(images, name, magnitude)), name
-
-
-@pytest.mark.parametrize("bins", [2, 10, 31])
-def test_magnitude_tables_are_those_of_torchvision(bins):
-    transforms = pytest.importorskip("torchvision.transforms.v2")
-    table = magnitudes(bins, 224, 200)
-    assert list(table) == list(transforms.RandAugment._AUGMENTATION_SPACE)
-    for name, (make, signed) in transforms.RandAugment._AUGMENTATION_SPACE.items():
-        expected = make(bins, 224, 200)
-        assert table[name] == ([0.0] * bins if expected is None else expected.tolist())
-        assert signed == (name in _policy._SIGNED)
-
-
-def test_a_result_depends_on_key_and_image_alone():
+@each_policy
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32])
+def test_a_result_depends_on_key_and_image_alone(policy, dtype, pictures, keys):
     images = pictures().repeat(4, 1, 1, 1)
-    keys = torch.from_numpy(sample_keys(0, 0, np.arange(len(images))))
-    augment = vision.RandAugment(num_ops=3, interpolation="bilinear")
-    whole = augment(images, keys)
+    images = images if dtype == torch.uint8 else images / 255
+    numbers = keys(len(images))
+    whole = policy(images, numbers)
     order = torch.randperm(len(images))
-    assert torch.equal(augment(images[order], keys[order]), whole[order])
-    assert torch.equal(
-        torch.cat([augment(images[:5], keys[:5]), augment(images[5:], keys[5:])]), whole
-    )
-    for k in range(len(images)):
-        assert torch.equal(augment(images[k], keys[k]), whole[k])
+    assert torch.equal(policy(images[order], numbers[order]), whole[order])
+    parts = [policy(images[:5], numbers[:5]), policy(images[5:], numbers[5:])]
+    assert torch.equal(torch.cat(parts), whole)
+    for k in range(0, len(images), 3):
+        assert torch.equal(policy(images[k], numbers[k]), whole[k])
     copy = images.transpose(2, 3).contiguous().transpose(2, 3)
-    assert torch.equal(augment(copy, keys), whole)
+    assert torch.equal(policy(copy, numbers), whole)
+    assert torch.equal(policy(images.contiguous(memory_format=torch.channels_last), numbers), whole)
 
 
-def test_images_of_a_batch_draw_their_own_policies():
+@each_policy
+@pytest.mark.parametrize("channels", [1, 3])
+def test_a_pillow_image_gets_what_its_tensor_gets(policy, channels, pictures, keys):
+    images = pictures(channels)
+    for image, key in zip(images, keys(9).tolist(), strict=True):
+        done = policy(picture(image), key)
+        assert isinstance(done, Image.Image)
+        assert done.mode == ("L" if channels == 1 else "RGB")
+        assert torch.equal(unpicture(done), policy(image, key))
+
+
+@each_policy
+def test_a_list_holds_images_of_any_size_and_kind(policy, pictures, keys):
+    images = [*pictures()[:3], *pictures(1)[:2], *pictures(3, 20, 41)[:3], pictures()[4] / 255]
+    mixed = [picture(images[0]), *images[1:4], picture(images[4]), *images[5:]]
+    numbers = keys(len(images))
+    done = policy(mixed, numbers)
+    assert isinstance(done, list)
+    for one, image, key in zip(done, images, numbers.tolist(), strict=True):
+        expected = policy(image, key)
+        result = unpicture(one) if isinstance(one, Image.Image) else one
+        assert torch.equal(result, expected)
+    assert isinstance(done[0], Image.Image)
+    assert policy([]) == []
+
+
+@each_policy
+def test_inputs_are_left_alone_and_kinds_are_kept(policy, pictures):
+    for dtype in (torch.uint8, torch.float16, torch.bfloat16, torch.float32, torch.float64):
+        images = pictures() if dtype == torch.uint8 else (pictures() / 255).to(dtype)
+        before = images.clone()
+        done = policy(images, torch.arange(9))
+        assert torch.equal(images, before)
+        assert done.dtype == dtype
+        assert done.shape == images.shape
+        if dtype != torch.uint8:
+            assert 0 <= done.min() <= done.max() <= 1
+    assert policy(pictures()[:0]).shape == (0, 3, 37, 30)
+
+
+@each_policy
+def test_images_of_a_batch_draw_their_own_operations(policy, pictures):
     images = pictures()[:1].expand(64, -1, -1, -1)
-    out = vision.RandAugment()(images, torch.arange(64))
-    assert len({image.numpy().tobytes() for image in out}) > 48
-    assert torch.equal(images, pictures()[:1].expand(64, -1, -1, -1))  # the input is left alone
+    assert len({image.numpy().tobytes() for image in policy(images, torch.arange(64))}) > 15
 
 
-def test_operations_and_signs_are_equally_frequent(monkeypatch):
-    drawn, strengths = [], []
-
-    def record(images, ops, strength, fill, interpolation):
-        drawn.append(ops)
-        strengths.append(strength[OPS.index("Rotate")])
-
-    monkeypatch.setattr(_policy, "apply_ops", record)
-    images = torch.zeros(14_000, 1, 1, 1, dtype=torch.uint8)
-    vision.RandAugment(num_ops=2)(images, torch.from_numpy(sample_keys(1, 0, np.arange(14_000))))
-    for ops, rotation in zip(drawn, strengths, strict=True):
-        assert stats.chisquare(np.bincount(ops.numpy(), minlength=14)).pvalue > 1e-3
-        assert stats.binomtest(int((rotation > 0).sum()), 14_000).pvalue > 1e-3
-        signs = np.stack([np.bincount(ops[rotation > 0]), np.bincount(ops[rotation < 0])])
-        assert stats.chi2_contingency(signs).pvalue > 1e-3
-    table = np.zeros((14, 14))
-    np.add.at(table, (drawn[0].numpy(), drawn[1].numpy()), 1)
-    assert stats.chi2_contingency(table).pvalue > 1e-3  # the layers are independent
-
-
-def test_without_keys_the_generator_of_torch_decides():
-    images, augment = pictures(), vision.RandAugment()
+@each_policy
+def test_without_keys_the_generator_of_torch_decides(policy, pictures):
+    images = pictures()
     torch.manual_seed(3)
-    first, second = augment(images), augment(images)
+    first, second = policy(images), policy(images)
     torch.manual_seed(3)
-    assert torch.equal(augment(images), first)
+    assert torch.equal(policy(images), first)
     assert not torch.equal(first, second)
 
 
-def test_no_operations_and_empty_batches_change_nothing():
-    images = pictures()
-    assert torch.equal(vision.RandAugment(num_ops=0)(images), images)
-    assert vision.RandAugment()(images[:0]).shape == (0, 3, 37, 30)
+@each_policy
+def test_the_generator_of_a_transform_stands_for_its_key(policy, pictures):
+    image, rng = pictures()[0], generator(-12345)
+    rng.random(7)  # what a transform drew before changes nothing
+    assert torch.equal(policy(image, rng=rng), policy(image, -12345))
+    assert torch.equal(policy(image[None], rng=rng)[0], policy(image, -12345))
 
 
-def test_one_image_of_zero_magnitude_is_only_equalized_or_stretched():
-    image = pictures()[0]
-    possible = [ours(image[None], n, magnitudes(31, 37, 30)[n][0])[0] for n in OPS]
-    for key in range(40):
-        out = vision.RandAugment(num_ops=1, magnitude=0)(image, torch.tensor(key))
-        assert any(torch.equal(out, one) for one in possible)
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_transform_gives_what_the_batch_gives(workers, tmp_path, pictures):
+    images = pictures().repeat(3, 1, 1, 1)
+    write_shards(({"image": i, "label": k} for k, i in enumerate(images)), tmp_path / "shards")
+    for policy in (POLICIES["RandAugment"], POLICIES["svhn"], POLICIES["AugMix"]):
+
+        def augmented(sample, rng, policy=policy):
+            return {**sample, "image": policy(sample["image"], rng=rng)}
+
+        plain = StreamLoader(ShardedDataset(tmp_path / "shards"), 4, seed=3, epoch=2)
+        data = ShardedDataset(tmp_path / "shards", transform=augmented)
+        single = StreamLoader(data, 6, seed=3, epoch=2, num_workers=workers, drop_last=False)
+        inside = {}
+        for batch in single:
+            inside |= dict(zip(batch["index"].tolist(), batch["image"], strict=True))
+        for batch in plain:
+            done = policy(batch["image"], batch["key"])
+            for index, image in zip(batch["index"].tolist(), done, strict=True):
+                assert torch.equal(inside[index], image)
 
 
-def test_the_module_shows_its_settings_and_has_no_state():
-    augment = vision.RandAugment(3, 5, fill=(1, 2, 3))
-    assert "num_ops=3, magnitude=5" in repr(augment)
-    assert augment.state_dict() == {}
+def test_another_generator_gives_its_next_numbers(pictures):
+    images, policy = pictures(), vision.RandAugment()
+    first = policy(images, rng=np.random.default_rng(5))
+    assert torch.equal(policy(images, rng=np.random.default_rng(5)), first)
+    rng = np.random.default_rng(5)
+    policy(images, rng=rng)
+    assert not torch.equal(policy(images, rng=rng), first)
+    philox = np.random.Generator(np.random.Philox(5))  # of NumPy's own seeding: not a sample's
+    assert not torch.equal(policy(images[0], rng=philox), policy(images[0], rng=philox)) or (
+        not torch.equal(policy(images[1], rng=philox), policy(images[1], rng=philox))
+    )
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"num_ops": -1}, "num_ops=-1 must be at least 0"),
-        ({"magnitude": 31}, r"magnitude=31 must be in \[0, num_magnitude_bins=31\)"),
-        ({"num_magnitude_bins": 1}, "num_magnitude_bins=1 must be at least 2"),
-        ({"interpolation": "cubic"}, "interpolation='cubic'; use 'nearest' or 'bilinear'"),
-    ],
+@settings(deadline=None, max_examples=40)
+@given(
+    name=st.sampled_from(list(POLICIES)),
+    count=st.integers(0, 4),
+    channels=st.sampled_from([1, 3]),
+    height=st.integers(1, 70),
+    width=st.integers(1, 70),
+    dtype=st.sampled_from([torch.uint8, torch.float32, torch.bfloat16]),
+    seed=st.integers(0, 2**60),
 )
-def test_settings_out_of_range_are_refused(options, message):
-    with pytest.raises(ValueError, match=message):
-        vision.RandAugment(**options)
+def test_any_shape_goes_through(name, count, channels, height, width, dtype, seed):
+    policy = POLICIES[name]
+    rng = torch.Generator().manual_seed(seed)
+    images = torch.randint(
+        0, 256, (count, channels, height, width), dtype=torch.uint8, generator=rng
+    )
+    numbers = seed + torch.arange(count)
+    if dtype != torch.uint8:
+        images = (images / 255).to(dtype)
+    done = policy(images, numbers)
+    assert done.shape == images.shape
+    assert done.dtype == dtype
+    for image, key, result in zip(images, numbers.tolist(), done, strict=True):
+        assert torch.equal(policy(image, key), result)
+        if dtype == torch.uint8:
+            assert torch.equal(unpicture(policy(picture(image), key)), result)
+
+
+def test_a_policy_of_ones_own_needs_a_draw(pictures):
+    class Negative(vision.Policy):
+        def draw(self, keys, height, width):
+            return Drawn(torch.full((1, len(keys)), 14), torch.zeros(1, len(keys)).double())
+
+    images = pictures()
+    assert torch.equal(Negative()(images), 255 - images)
+    with pytest.raises(NotImplementedError, match="Policy has no draw"):
+        vision.Policy()(images)
 
 
 @pytest.mark.parametrize(
     ("images", "options", "error", "message"),
     [
-        ([1], {}, TypeError, "images is a list"),
+        (1, {}, TypeError, "images is a int; use a Pillow image, a tensor"),
+        ([1], {}, TypeError, r"images\[0\] is a int; use a Pillow image"),
+        (
+            [torch.zeros(2, 3, 4, 4)],
+            {},
+            ValueError,
+            r"images\[0\] has shape \(2, 3, 4, 4\); a list",
+        ),
         (torch.zeros(2, 3, 4, 4, dtype=torch.int32), {}, TypeError, "dtype torch.int32; use uint8"),
         (torch.zeros(2, 4, 4, 4), {}, ValueError, r"shape \(2, 4, 4, 4\), expected"),
+        ([torch.zeros(4, 4, 4)], {}, ValueError, r"shape \(1, 4, 4, 4\), expected"),
         (torch.zeros(4, 4), {}, ValueError, r"shape \(4, 4\)"),
         (torch.full((1, 3, 4, 4), 2.0), {}, ValueError, "values from 2 to 2; floats must be in"),
+        (torch.full((1, 3, 4, 4), torch.nan), {}, ValueError, "values from nan to nan; floats"),
+        (Image.new("RGBA", (4, 4)), {}, ValueError, r"mode 'RGBA'; use image.convert\('RGB'\)"),
+        ([Image.new("1", (4, 4))], {}, ValueError, "mode '1'; use image.convert"),
         (
             torch.zeros(2, 3, 4, 4),
             {"keys": torch.zeros(3).long()},
             ValueError,
             r"keys has shape \(3,\)",
         ),
+        ([torch.zeros(3, 4, 4)] * 2, {"keys": 1}, ValueError, "for each of 2 images"),
         (
             torch.zeros(2, 3, 4, 4),
             {"keys": torch.zeros(2)},
             ValueError,
             "dtype torch.float32, expected",
         ),
+        (
+            torch.zeros(1, 3, 4, 4),
+            {"keys": 1, "rng": np.random.default_rng(0)},
+            ValueError,
+            "keys and rng are both given",
+        ),
     ],
 )
 def test_inputs_that_are_not_images_are_refused(images, options, error, message):
     with pytest.raises(error, match=message):
         vision.RandAugment()(images, **options)
+
+
+def test_a_fill_that_does_not_fit_is_refused(pictures):
     with pytest.raises(ValueError, match=r"fill=\[1, 2\] has 2 values for 3 channels"):
         vision.RandAugment(fill=[1, 2])(pictures())
 
 
-def test_rotation_turns_counter_clockwise_as_torchvision_does():
-    image = torch.zeros(1, 1, 9, 9, dtype=torch.uint8)
-    image[0, 0, 4, 8] = 255  # to the right of the centre
-    turned = ours(image, "Rotate", 30.0)
-    row, column = divmod(turned.flatten().argmax().item(), 9)
-    assert row == 4 - round(4 * math.sin(math.radians(30)))
-    assert column == 4 + round(4 * math.cos(math.radians(30)))
+def test_importing_the_package_leaves_pillow_alone():
+    import subprocess
+    import sys
+
+    code = "import sys, torsh_data.vision; assert not {'PIL', 'torchvision'} & set(sys.modules)"
+    path = str(__import__("pathlib").Path(torsh_data.__file__).parents[1])
+    subprocess.run([sys.executable, "-c", code], check=True, env={"PYTHONPATH": path})
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("interpolation", ["nearest", "bilinear"])
+@each_policy
 @pytest.mark.parametrize("channels", [1, 3])
-def test_the_gpu_gives_the_same_images(channels, interpolation):
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32])
+def test_the_gpu_gives_the_same_images(policy, channels, dtype, pictures, keys):
     images = pictures(channels).repeat(30, 1, 1, 1)
-    keys = torch.from_numpy(sample_keys(0, 0, np.arange(len(images))))
-    augment = vision.RandAugment(interpolation=interpolation)
-    here, there = augment(images, keys), augment(images.cuda(), keys).cpu()
-    if interpolation == "nearest":
+    images = images if dtype == torch.uint8 else images / 255
+    numbers = keys(len(images))
+    here, there = policy(images, numbers), policy(images.cuda(), numbers).cpu()
+    if policy.interpolation == "nearest":
         assert torch.equal(here, there)
     else:  # the last bit of grid_sample, seldom next to a half, and what a second layer makes of it
-        assert (here != there).float().mean() < 1e-3
+        limit = 1e-3 if dtype == torch.uint8 else 1e-2
+        assert ((here.float() - there.float()).abs() > 1e-5).float().mean() < limit
+
+
+@pytest.mark.gpu
+@each_policy
+def test_nothing_waits_for_the_gpu(policy, pictures, keys, forbid_synchronisation):
+    for images in (pictures().cuda(), (pictures() / 255).cuda()):
+        policy(images, keys(9))
+        with forbid_synchronisation():
+            policy(images, keys(9))

@@ -1,7 +1,10 @@
+import io
 import sys
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from torsh_data import vision
 
@@ -48,3 +51,68 @@ def test_without_matplotlib_the_extra_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(ImportError, match=r"pip install 'torsh-data\[plot\]'"):
         vision.plot_sheet({"a": torch.zeros(1, 1, 4, 4)})
+
+
+def jpeg(image):
+    out = io.BytesIO()
+    image.save(out, format="JPEG")
+    return out.getvalue()
+
+
+def test_a_sheet_shows_each_policy_on_each_image(pictures):
+    images = pictures(3, 16, 16)
+    policies = {"rand": vision.RandAugment(), "trivial": vision.TrivialAugmentWide()}
+    ax = vision.augmentation_sheet(images, policies, columns=4, titles=list("abcdef"))
+    assert [t.get_text() for t in ax.get_yticklabels()] == ["as stored", "rand", "trivial"]
+    assert [t.get_text() for t in ax.get_xticklabels()] == list("abcd")
+    drawn = torch.as_tensor(np.asarray(ax.images[0].get_array())).permute(2, 0, 1)
+    assert drawn.shape == (3, 3 * 17 - 1, 4 * 17 - 1)
+    for k in range(4):
+        column = slice(17 * k, 17 * k + 16)
+        assert torch.equal(drawn[:, :16, column], images[k] / 255)
+        done = vision.RandAugment()(images[k], k)
+        assert torch.equal(drawn[:, 17:33, column], done / 255)
+    again = vision.augmentation_sheet(images, policies, torch.arange(9), columns=4)
+    assert np.array_equal(again.images[0].get_array(), ax.images[0].get_array())
+    other = vision.augmentation_sheet(images, policies, torch.arange(9) + 9, columns=4)
+    assert not np.array_equal(other.images[0].get_array(), ax.images[0].get_array())
+
+
+def test_images_of_any_size_and_kind_make_a_sheet(pictures):
+    tall = Image.fromarray(pictures(3, 200, 40)[0].permute(1, 2, 0).numpy())
+    images = [pictures(1, 9, 12)[0], tall, jpeg(tall), pictures(3, 9, 12)[1] / 255]
+    ax = vision.augmentation_sheet(images, [vision.AutoAugment(), vision.AugMix()])
+    assert [t.get_text() for t in ax.get_yticklabels()] == ["as stored", "AutoAugment", "AugMix"]
+    drawn = ax.images[0].get_array()
+    assert drawn.shape == (3 * (128 + 8) - 8, 4 * (26 + 8) - 8, 3)  # the longest side is 128
+    assert (drawn[0, :26] == 1).all()  # white above a smaller image
+    large = vision.augmentation_sheet(images, [vision.AugMix()], size=64).images[0].get_array()
+    assert large.shape[0] == 2 * (64 + 4) - 4
+
+
+@pytest.mark.parametrize(
+    ("images", "policies", "options", "error", "message"),
+    [
+        ([], [vision.AugMix()], {}, ValueError, "columns=8 of 0 images: there is no image"),
+        (torch.zeros(1, 3, 4, 4), [], {"columns": 0}, ValueError, "columns=0 of 1 images"),
+        (
+            torch.zeros(1, 3, 4, 4),
+            [vision.AugMix(), vision.AugMix()],
+            {},
+            ValueError,
+            "two of one class",
+        ),
+        (["a"], [vision.AugMix()], {}, TypeError, "images holds a str; use tensors"),
+        ([torch.zeros(4, 4)], [vision.AugMix()], {}, ValueError, r"a tensor of shape \(4, 4\)"),
+        (
+            torch.zeros(2, 3, 4, 4),
+            [vision.AugMix()],
+            {"keys": torch.arange(1)},
+            ValueError,
+            "keys has shape",
+        ),
+    ],
+)
+def test_what_makes_no_sheet_is_refused(images, policies, options, error, message):
+    with pytest.raises(error, match=message):
+        vision.augmentation_sheet(images, policies, **options)

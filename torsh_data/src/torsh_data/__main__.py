@@ -4,7 +4,9 @@ import importlib
 import json
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, Literal
 
 import torch
 
@@ -13,6 +15,7 @@ from torsh_data._dataset import ShardedDataset
 from torsh_data._index import INDEX_NAME, read_index
 from torsh_data._loader import StreamLoader
 from torsh_data._order import Order, effective_batch
+from torsh_data._rng import sample_keys
 from torsh_data._sizes import format_bytes
 
 
@@ -24,7 +27,10 @@ def doctor(*, json: bool = False) -> None:
     """
     facts: dict[str, str | int | None] = {"torsh_data": torsh_data.__version__}
     facts["python"] = sys.version.split()[0]
-    for name in ("torch", "numpy", "pyarrow", "xxhash", "matplotlib", "torchvision"):
+    for name in (
+        "torch", "numpy", "pyarrow", "xxhash", "fsspec", "datasets", "matplotlib", "torchvision",
+        "transformers",
+    ):  # fmt: skip
         facts[name] = _version(name)
     facts["cpus"] = len(os.sched_getaffinity(0))
     shared = os.statvfs("/dev/shm")  # noqa: S108  # where workers hand over their batches
@@ -53,7 +59,7 @@ def inspect(path: str, *, batch_size: int = 256, window: str = "2GB", json: bool
         window: Window of the shuffle, as for StreamLoader.
         json: Print JSON instead of a table.
     """
-    data = ShardedDataset(path)
+    data = _complain(ShardedDataset, path)
     plan = StreamLoader(data, min(batch_size, len(data)), window=window, rank=0, world_size=1)
     rows = int(plan.state_dict()["window"])
     order = Order(len(data), 0, rows, data.block_rows)
@@ -101,6 +107,137 @@ def verify(path: str) -> None:
     print(f"{total} blocks, {format_bytes(data.nbytes)}: all as written")
 
 
+def convert(
+    source: str,
+    out: str,
+    /,
+    *,
+    columns: tuple[str, ...] = (),
+    shuffle_seed: int | None = None,
+    num_workers: int = 0,
+    compression: Literal["lz4", "zstd"] | None = None,
+    shard_bytes: str = "256MB",
+    block_bytes: str = "4MB",
+    restart: bool = False,
+) -> None:
+    """Write any data set as shards; the same command goes on after a kill.
+
+    Args:
+        source: Folder of class folders with pictures, a CSV or TSV file, or a folder, file, glob
+            pattern or URL of Arrow, Parquet, WebDataset tar or JSON lines.
+        out: Folder to write to.
+        columns: Columns to keep; all by default.
+        shuffle_seed: Mix the samples while writing.
+        num_workers: Processes that write parts side by side.
+        compression: Compress the blocks.
+        shard_bytes: Size at which a shard is closed.
+        block_bytes: Size of a block, the unit of checksums and shuffling.
+        restart: Begin anew instead of going on after a kill.
+    """
+    _converted(
+        source,
+        out,
+        columns=list(columns) or None,
+        shuffle_seed=shuffle_seed,
+        num_workers=num_workers,
+        compression=compression,
+        shard_bytes=shard_bytes,
+        block_bytes=block_bytes,
+        resume=not restart,
+    )
+
+
+def write(
+    out: str,
+    files: tuple[str, ...],
+    /,
+    *,
+    shuffle_seed: int | None = None,
+    num_workers: int = 0,
+    compression: Literal["lz4", "zstd"] | None = None,
+    restart: bool = False,
+) -> None:
+    """Join files of one format into one data set of shards; goes on after a kill.
+
+    Args:
+        out: Folder to write to.
+        files: Files or URLs: Arrow, Parquet, WebDataset tar or JSON lines.
+        shuffle_seed: Mix the samples while writing.
+        num_workers: Processes that write parts side by side.
+        compression: Compress the blocks.
+        restart: Begin anew instead of going on after a kill.
+    """
+    if not files:
+        raise SystemExit("torsh-data: files is empty; name what to write")
+    _converted(
+        list(files),
+        out,
+        shuffle_seed=shuffle_seed,
+        num_workers=num_workers,
+        compression=compression,
+        resume=not restart,
+    )
+
+
+def sheet(
+    source: str,
+    out: Path,
+    /,
+    *,
+    column: str = "image",
+    samples: int = 8,
+    seed: int = 0,
+    policies: tuple[Literal["RandAugment", "AutoAugment", "TrivialAugmentWide", "AugMix"], ...] = (
+        "RandAugment",
+        "AutoAugment",
+        "TrivialAugmentWide",
+        "AugMix",
+    ),
+) -> None:
+    """Draw samples and what augmentation makes of them.
+
+    Args:
+        source: A data set with pictures: anything that convert reads but class folders and CSV.
+        out: The picture, such as sheet.png or sheet.svg.
+        column: Column with the pictures: tensors, or the bytes of JPEG or PNG files.
+        samples: How many samples to draw.
+        seed: Chooses samples and policies' draws.
+        policies: What to draw.
+    """
+    import numpy as np
+
+    from torsh_data import vision
+
+    data = _complain(ShardedDataset, source)
+    if column not in data.columns:
+        raise SystemExit(f"torsh-data: no column {column!r}; there are {data.columns}")
+    chosen = np.random.default_rng(seed).choice(len(data), min(samples, len(data)), replace=False)
+    images = [data[int(n)][column] for n in np.sort(chosen)]
+    axes = _complain(
+        vision.augmentation_sheet,
+        images,
+        {name: getattr(vision, name)() for name in policies},
+        torch.from_numpy(sample_keys(seed, 0, np.sort(chosen))),
+        columns=samples,
+    )
+    axes.figure.savefig(out, bbox_inches="tight")
+    print(f"{len(images)} samples in {out}")
+
+
+def _converted(source: str | list[str], out: str, **options: Any) -> None:
+    _complain(torsh_data.convert, source, out, progress=sys.stdout.isatty(), **options)
+    written = ShardedDataset(out)
+    print(f"{len(written):,} samples in {len(written.files)} shards in {out}")
+
+
+def _complain(call: Callable[..., Any], *args: Any, **options: Any) -> Any:
+    """Call, with errors of the input as one line."""
+    try:
+        return call(*args, **options)
+    except (OSError, ValueError, TypeError, RuntimeError, ImportError) as error:
+        raise SystemExit(f"torsh-data: {error}") from error
+
+
 def _version(name: str) -> str | None:
     try:
         module = importlib.import_module(name)
@@ -131,7 +268,14 @@ def main() -> None:
     except ImportError:
         extra = "pip install 'torsh-data[cli]'"
         raise SystemExit(f"torsh-data needs its command-line extra: {extra}") from None
-    commands = {"doctor": doctor, "inspect": inspect, "verify": verify}
+    commands = {
+        "doctor": doctor,
+        "inspect": inspect,
+        "verify": verify,
+        "convert": convert,
+        "write": write,
+        "sheet": sheet,
+    }
     subcommand_cli_from_dict(commands, prog="torsh-data", config=(PositionalRequiredArgs,))
 
 

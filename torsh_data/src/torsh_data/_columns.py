@@ -19,6 +19,7 @@ Getter: TypeAlias = Callable[[int], Value]
 
 _DTYPE = b"torsh.dtype"
 _STORED_AS = {torch.bfloat16: (torch.uint16, b"bfloat16"), torch.bool: (torch.uint8, b"bool")}
+HOLDS_TENSORS = {b"torsh.holds": b"tensors"}  # a field whose bytes are decoded to tensors
 _RESTORED = {name: dtype for dtype, (_, name) in _STORED_AS.items()}
 
 
@@ -81,7 +82,7 @@ def encode(field: pa.Field, values: Sequence[Value], first: int) -> pa.Array:
     if isinstance(field.type, pa.FixedShapeTensorType):
         return _encode_tensors(field, values, first)
     for k, value in enumerate(values):
-        if not _fits(field.type, value):
+        if not (value is None and field.nullable) and not _fits(field.type, value):
             raise TypeError(
                 f"sample {first + k}: column {field.name!r} holds {type(value).__name__}, but the "
                 f"column is {field.type}; give every sample the type of the first, or a schema"
@@ -178,6 +179,8 @@ def getter(field: pa.Field, array: pa.Array) -> tuple[Getter, Array | None]:
 def collated_kind(field: pa.Field) -> torch.dtype | type[torch.Tensor] | None:
     """What a batch of a column is: a tensor of that dtype, stacked tensors, or None for a list."""
     kind = field.type
+    if (field.metadata or {}).items() >= HOLDS_TENSORS.items():
+        return torch.Tensor
     if pa.types.is_boolean(kind):
         return torch.bool
     if pa.types.is_integer(kind):
@@ -195,7 +198,16 @@ def _is_plain_number(kind: pa.DataType) -> bool:
 
 
 def _number_getter(array: pa.Array) -> Getter:
-    return memoryview(array.to_numpy(zero_copy_only=True)).__getitem__
+    return _as_numpy(array).data.__getitem__
+
+
+def _as_numpy(array: pa.Array) -> Array:
+    """Numbers without nulls, where they lie. `to_numpy` would import pandas, for a second."""
+    data = array.buffers()[1]
+    dtype = np.dtype(array.type.to_pandas_dtype())
+    if data is None:
+        return np.empty(0, dtype)
+    return np.frombuffer(data, dtype, len(array), array.offset * dtype.itemsize)
 
 
 def _bytes_getter(array: pa.Array, code: Literal["i", "q"], is_text: bool) -> Getter:
@@ -208,7 +220,7 @@ def _bytes_getter(array: pa.Array, code: Literal["i", "q"], is_text: bool) -> Ge
 
 
 def _sparse_getter(storage: pa.Array, shape: tuple[int, ...], dtype: torch.dtype | None) -> Getter:
-    valid = storage.is_valid().to_numpy(zero_copy_only=False)
+    valid = np.array(storage.is_valid().to_pylist(), dtype=bool)
     places = np.cumsum(valid) - 1  # flatten() leaves the null rows out
     get, _ = _tensor_getter(storage.drop_null(), shape, dtype)
     return lambda row: get(int(places[row])) if valid[row] else None
@@ -218,7 +230,7 @@ def _tensor_getter(
     storage: pa.Array, shape: tuple[int, ...], dtype: torch.dtype | None
 ) -> tuple[Getter, Array | None]:
     # flatten() honours the offset of a sliced array, `values` does not
-    rows = storage.flatten().to_numpy(zero_copy_only=True).reshape(len(storage), *shape)
+    rows = _as_numpy(storage.flatten()).reshape(len(storage), *shape)
     view = None if dtype is None or dtype not in _STORED_AS else dtype
 
     def get(row: int) -> torch.Tensor:

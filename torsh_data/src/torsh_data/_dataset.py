@@ -1,13 +1,15 @@
 """A map-style data set over sharded files."""
 
-import glob
 import inspect
+import math
 import os
+import threading
 from bisect import bisect_right
-from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import OrderedDict, deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, TypeAlias, cast
+from typing import Any, Literal, TypeAlias, cast
 
 import numpy as np
 import pyarrow as pa
@@ -15,51 +17,78 @@ import torch
 import xxhash
 from torch.utils.data import Dataset
 
-from torsh_data._columns import Array, Getter, Value, collated_kind, getter
-from torsh_data._index import INDEX_NAME, read_index
+from torsh_data._ahead import Ahead
+from torsh_data._collate import make_column
+from torsh_data._columns import Array, collated_kind
+from torsh_data._files import FetchError
 from torsh_data._order import Ids
 from torsh_data._rng import generator, sample_keys, stream
-from torsh_data._shards import Damage, IndexedShard, Shard, Verify, open_shards
+from torsh_data._schemas import shared_schema
+from torsh_data._shards import ArrowBlock, Block, Damage, Sample, Shard, Verify
+from torsh_data._sizes import format_bytes, parse_bytes
+from torsh_data._sources import Reading, Source, open_source
+from torsh_data._store import Store
+from torsh_data._tar_shards import Decode, TarShard, refuse_pickles
 
-Sample: TypeAlias = dict[str, Value]
 Transform: TypeAlias = Callable[[Sample], Any] | Callable[[Sample, np.random.Generator], Any]
-Source: TypeAlias = "str | os.PathLike[str] | Iterable[str | os.PathLike[str]]"
+OnError: TypeAlias = Literal["raise", "substitute"]
 
-_SUFFIXES = {".arrow", ".parquet"}
 _MAPPED_BLOCKS = 1 << 14  # views into the mapping, a few kB each
 _DECODED_BYTES = 512 * 10**6  # blocks that had to be decompressed
-
-_Block: TypeAlias = tuple[list[Getter], list["Array | None"], int]
+_TOGETHER = 16  # blocks that are fetched at a time
+_GOLDEN = 0.6180339887498949
 
 
 class ShardedDataset(Dataset[Any]):
-    """Samples in Arrow or Parquet files, read from the mapped files at random or in order.
+    """Samples in files, here or behind a URL, read at random or in order.
 
-    Reading costs a few microseconds a sample and no memory: Arrow blocks are used where they lie in
-    the page cache, which all workers share. Shards from `write_shards` are checked against their
-    index: a missing or shortened file when the data set is opened, a changed byte when its block is
-    first read. Compressed blocks and Parquet row groups are decoded to memory, of which each
-    process keeps the last 512 MB.
+    Reading costs a few microseconds a sample and no memory: Arrow blocks, the members of tar files
+    and the lines of JSON are used where they lie in the page cache, which all workers share. Shards
+    from `write_shards` are checked against their index: a missing or shortened file when the data
+    set is opened, a changed byte when its block is first read.
+
+    Of remote files only the blocks that are read are fetched, once for all processes of a node, and
+    kept in `cache_dir` up to `cache_bytes`; what has not been used for longest is given up first.
+    Parquet files are decoded, with a `cache_dir` once per node as well. Without one each process
+    keeps the last 512 MB of what it decoded.
 
     Args:
-        source: A folder that `write_shards` wrote, or a folder, a glob pattern or a list of files
-            (`.arrow` for Arrow IPC files, `.parquet`). Files are taken in sorted order.
+        source: A folder that `write_shards` wrote, or a folder, a glob pattern or a list of files,
+            local or any URL that fsspec knows (`s3://`, `gs://`, `hf://`, `https://`, ...): Arrow
+            IPC (`.arrow`), Parquet (`.parquet`), WebDataset (`.tar`) or JSON Lines (`.jsonl`,
+            `.ndjson`; with a `cache_dir` also `.gz` and `.zst`). Files are taken in sorted order.
+            Or a `datasets.Dataset`, whose memory-mapped tables are used directly.
         columns: Names of the columns to read; all by default.
         transform: Called with each sample, or with the sample and a `numpy.random.Generator` if it
             takes two arguments. The generator depends on the sample, and on the seed and epoch of
             the `StreamLoader` that reads it, never on workers or batches.
+        cache_dir: Folder on this node for what is fetched, decoded or unpacked, which any number of
+            processes and data sets may share; by default `torsh-data` in the user's cache folder
+            for URLs, and none for local files.
+        cache_bytes: Limit to the size of that folder.
         verify: `"first_read"` checks a block's checksum when a process first reads it, `"always"`
             at every call, `"never"` not at all. Files from elsewhere have no checksums to check.
+        on_error: `"raise"`, or `"substitute"` to replace a sample that is damaged, or whose
+            transform fails, by another one: always the same one, whoever reads it, so that batches
+            keep their shape and ranks stay in step. It is in `errors` then.
+        max_errors: How many bad samples to replace before the next one is an error.
+        storage_options: What fsspec's file system needs besides the URL, such as credentials.
+        decode: For tar files. `"torch"` makes of each member what its suffix says: images
+            (`.jpg`, `.png`) and `.npy` become tensors, `.cls` an int, `.txt` a str, `.json`
+            its value, all else bytes. `"bytes"` leaves all as bytes.
 
     Attributes:
         fingerprint: Changes if a name, a row count or a checksum changes.
         nbytes: Size of all files (of the decoded row groups for Parquet).
         block_rows: Mean rows of a block.
+        metadata: What the writer noted (`write_shards(metadata=)`), such as names of classes.
+        errors: What was wrong with the samples that were replaced in this process, by sample id.
 
     Raises:
         FileNotFoundError: If there are no files, or one that the index lists is missing.
         RuntimeError: If a file or an index is damaged, cut short or unfinished.
         ValueError: If a column is unknown or files differ in their columns.
+        OSError: If a remote file cannot be read, after five attempts.
 
     Example:
         >>> import tempfile
@@ -77,19 +106,51 @@ class ShardedDataset(Dataset[Any]):
         *,
         columns: Sequence[str] | None = None,
         transform: Transform | None = None,
+        cache_dir: str | os.PathLike[str] | None = None,
+        cache_bytes: str | int = "64GB",
         verify: Verify = "first_read",
+        on_error: OnError = "raise",
+        max_errors: int = 0,
+        storage_options: Mapping[str, Any] | None = None,
+        decode: Decode = "torch",
     ) -> None:
         if verify not in ("first_read", "always", "never"):
             raise ValueError(f"verify={verify!r}; use 'first_read', 'always' or 'never'")
+        if decode not in ("torch", "bytes"):
+            raise ValueError(f"decode={decode!r}; use 'torch' or 'bytes'")
+        if on_error not in ("raise", "substitute"):
+            raise ValueError(f"on_error={on_error!r}; use 'raise' or 'substitute'")
+        if max_errors < 0 or (on_error == "substitute") != (max_errors > 0):
+            raise ValueError(
+                f"on_error={on_error!r} with max_errors={max_errors}: say how many bad samples to "
+                "replace with on_error='substitute', max_errors=..., and nothing with 'raise'"
+            )
+        limit = parse_bytes(cache_bytes, "cache_bytes")
         self.transform = transform
         self.verify: Verify = verify
+        self.on_error: OnError = on_error
+        self.max_errors = max_errors
+        self.errors: dict[int, str] = {}
         self._wants_rng = transform is not None and _takes_two(transform)
-        self._shards = open_shards(_find(source), verify)
-        schema = _shared_schema(self._shards)
+        folder = _default_cache() if cache_dir is None else Path(cache_dir)
+        reading = Reading(
+            verify=verify,
+            decode=decode,
+            refuse_unknown=columns is None,
+            storage_options=storage_options or {},
+            make_store=lambda: Store(folder, limit),
+            has_store=cache_dir is not None,
+        )
+        self._shards, self._store = open_source(source, reading)
+        self.metadata = reading.metadata
+        self.is_remote = any(shard.is_remote for shard in self._shards)
+        schema = shared_schema(self._shards)
         unknown = [name for name in columns or [] if name not in schema.names]
         if unknown:
             raise ValueError(f"columns: no column {unknown[0]!r}; there are {schema.names}")
         self.columns = list(schema.names if columns is None else columns)
+        if isinstance(self._shards[0], TarShard) and decode == "torch":
+            refuse_pickles(self.columns, self._shards[0].path)
         self._fields = [schema.field(name) for name in self.columns]
 
         counts = [rows for shard in self._shards for rows in shard.block_rows]
@@ -106,12 +167,23 @@ class ShardedDataset(Dataset[Any]):
         self._forget()
 
     def _forget(self) -> None:
-        self._open_blocks: OrderedDict[int, _Block] = OrderedDict()
+        self._process = os.getpid()
+        self._open_blocks: OrderedDict[int, Block] = OrderedDict()
         self._decoded_bytes = 0
+        self._leased_bytes = 0
         self._checked: set[int] = set()
+        self._ahead: Ahead | None = None
+        self._mutex = threading.RLock()  # worker threads share the open blocks
+        if self._store is not None:
+            self._store.release = self._let_go
+
+    def _let_go(self) -> None:
+        with self._mutex:
+            self._open_blocks.clear()
+            self._decoded_bytes = self._leased_bytes = 0
 
     def __getstate__(self) -> dict[str, Any]:
-        leave = {"_open_blocks", "_decoded_bytes", "_checked"}
+        leave = {"_open_blocks", "_decoded_bytes", "_leased_bytes", "_checked", "_ahead", "_mutex"}
         return {name: value for name, value in self.__dict__.items() if name not in leave}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -136,16 +208,68 @@ class ShardedDataset(Dataset[Any]):
 
     def __getitems__(self, ids: Sequence[int]) -> list[Any]:
         """Several samples at once, which is faster than one after the other."""
-        array = self._valid(ids)
-        samples = self._samples(array)
+        return self._replacing(self._valid(ids), self._transformed)
+
+    def _transformed(self, ids: Ids) -> list[Any]:
+        samples = self._samples(ids)
         if self.transform is None:
             return samples
         if not self._wants_rng:
             plain = cast("Callable[[Sample], Any]", self.transform)
             return [plain(sample) for sample in samples]
         random = cast("Callable[[Sample, np.random.Generator], Any]", self.transform)
-        keys = sample_keys(*stream.get(), array).tolist()
+        keys = sample_keys(*stream.get(), ids).tolist()
         return [random(sample, generator(key)) for sample, key in zip(samples, keys, strict=True)]
+
+    def _replacing(self, ids: Ids, read: Callable[[Ids], list[Any]]) -> list[Any]:
+        if self.on_error == "raise":
+            return read(ids)
+        try:
+            return read(ids)
+        except (FetchError, MemoryError, ImportError):  # no sample's fault
+            raise
+        except Exception:  # a transform may fail in any way
+            return [self._first_good(number, read) for number in ids.tolist()]
+
+    def _first_good(self, number: int, read: Callable[[Ids], list[Any]]) -> Any:
+        """A sample, or the one that takes its place: the next that is good on a walk through all.
+
+        The walk has a stride of about the golden section of the data set, so the rows of a damaged
+        block are replaced by rows from different places.
+        """
+        rows = len(self)
+        stride = _coprime(max(1, round(rows * _GOLDEN)), rows)
+        candidate = number
+        for _ in range(rows):
+            if candidate not in self.errors:
+                try:
+                    return read(np.array([candidate]))[0]
+                except (FetchError, MemoryError, ImportError):
+                    raise
+                except Exception as error:
+                    self.add_errors({candidate: f"{type(error).__name__}: {error}"}, error)
+            candidate = (candidate + stride) % rows
+        raise RuntimeError(
+            f"none of the {rows} samples is good; sample {number} says: {self.errors[number]}"
+        )
+
+    def add_errors(self, errors: Mapping[int, str], cause: Exception | None = None) -> None:
+        """Count bad samples that another process has found, such as a worker.
+
+        Args:
+            errors: What was wrong, by sample id, as in `errors`.
+            cause: What to show as the reason if these are too many.
+
+        Raises:
+            RuntimeError: If there are more than `max_errors` now.
+        """
+        self.errors.update(errors)
+        if len(self.errors) > self.max_errors:
+            number, text = next(reversed(self.errors.items()))
+            raise RuntimeError(
+                f"{len(self.errors)} bad samples, more than max_errors={self.max_errors}; the last "
+                f"is sample {number}: {text}"
+            ) from cause
 
     def read_batch(self, ids: Sequence[int] | Ids) -> dict[str, Any]:
         """Several samples column by column, without the transform.
@@ -161,10 +285,27 @@ class ShardedDataset(Dataset[Any]):
             ValueError: If a column of numbers or tensors has a null in one of these rows, or a
                 number beyond int64. Samples read one by one hold None, for a transform to replace.
         """
-        places = self._places(self._valid(ids))
+        valid = self._valid(ids)
+        if self.on_error == "raise":
+            return self._columns(valid)
+        try:
+            return self._columns(valid)
+        except (FetchError, MemoryError, ImportError):
+            raise
+        except Exception:  # which of them it is shows when each is read alone
+            good = [self._first_good(number, self._batch_of_one) for number in valid.tolist()]
+            return self._columns(np.array(good, dtype=np.int64))
+
+    def _batch_of_one(self, ids: Ids) -> list[int]:
+        self._columns(ids)
+        return ids.tolist()
+
+    def _columns(self, ids: Ids) -> dict[str, Any]:
+        places = self._places(ids)
+        samples: list[Sample] | None = None
         batch: dict[str, Any] = {}
         for c, name in enumerate(self.columns):
-            tensors = [block[1][c] for block, _ in places]
+            tensors = [None if block.tensors is None else block.tensors[c] for block, _ in places]
             if tensors and all(rows is not None for rows in tensors):
                 first = cast("Array", tensors[0])
                 stacked = np.empty((len(places), *first.shape[1:]), first.dtype)
@@ -172,19 +313,58 @@ class ShardedDataset(Dataset[Any]):
                     stacked[k] = cast("Array", rows)[row]
                 batch[name] = torch.from_numpy(stacked)
                 continue
-            values = [block[0][c](row) for block, row in places]
-            kind = collated_kind(self._fields[c])
-            if kind is None:
-                batch[name] = values
-                continue
-            try:
-                if isinstance(kind, torch.dtype):
-                    batch[name] = torch.tensor(values, dtype=kind)
-                else:
-                    batch[name] = torch.stack(values)
-            except (TypeError, RuntimeError, ValueError) as error:
-                raise _explain(name, self._valid(ids), values) from error
+            if all(isinstance(block, ArrowBlock) for block, _ in places):
+                values = [cast("ArrowBlock", block).getters[c](row) for block, row in places]
+            else:
+                if samples is None:
+                    samples = [block.sample(row) for block, row in places]
+                values = [sample[name] for sample in samples]
+            batch[name] = make_column(name, collated_kind(self._fields[c]), values, ids)
         return batch
+
+    def will_read(self, ids: Sequence[int] | Ids) -> None:
+        """Say what will be read next, so that it is fetched meanwhile.
+
+        Threads of this process fetch the blocks of these samples in the order in which they are
+        first needed; what is in the cache already is kept there. A later call replaces what an
+        earlier one has not come to. Does nothing for local files.
+
+        Args:
+            ids: Sample ids in the order in which they will be read, such as those of a window.
+        """
+        if self._store is None or not self.is_remote:
+            return
+        if self._ahead is None or self._process != os.getpid():
+            self._process = os.getpid()
+            self._ahead = Ahead(self._prepare)
+        numbers = np.searchsorted(self._starts, self._valid(ids), side="right") - 1
+        self._ahead.next = deque(dict.fromkeys(numbers.tolist()))
+        self._ahead.start()
+
+    def require_cache(self, window: int) -> None:
+        """Refuse a cache that cannot hold what a shuffle uses at a time.
+
+        Args:
+            window: Rows that are shuffled together, of which up to two windows are in use.
+
+        Raises:
+            ValueError: If `cache_bytes` is less than that takes; it says how much that is.
+        """
+        if self._store is None:
+            return
+        share = min(1.0, (2 * window + 2 * self.block_rows) / len(self))
+        blocks = [shard.nbytes / shard.blocks for shard in self._shards if shard.blocks]
+        needed = int(self.nbytes * share * 1.1 + max(blocks))
+        if self._store.limit < min(needed, int(self.nbytes * 1.02) + 2**20):
+            raise ValueError(
+                f"cache_bytes={format_bytes(self._store.limit)} does not hold the two windows of "
+                f"{window} rows that a shuffle uses at a time; give it {format_bytes(needed)}, or "
+                "use a smaller window"
+            )
+
+    def _prepare(self, number: int) -> None:
+        shard, block = self._locate(number)
+        shard.prepare(block)
 
     def check(self) -> Iterator[tuple[str, Damage | None]]:
         """Read every byte of every file with checksums; one pair (file, damage) for each block."""
@@ -201,21 +381,28 @@ class ShardedDataset(Dataset[Any]):
         return np.where(array < 0, array + rows, array)
 
     def _samples(self, ids: Ids) -> list[Sample]:
-        names = self.columns
-        return [
-            {name: get(row) for name, get in zip(names, block[0], strict=True)}
-            for block, row in self._places(ids)
-        ]
+        return [block.sample(row) for block, row in self._places(ids)]
 
-    def _places(self, ids: Ids) -> list[tuple[_Block, int]]:
+    def _places(self, ids: Ids) -> list[tuple[Block, int]]:
+        if self._process != os.getpid():  # forked: what is open is the parent's
+            self._process = os.getpid()
+            self._mutex = threading.RLock()
+            if self._store is not None:
+                self._forget()
         numbers = np.searchsorted(self._starts, ids, side="right") - 1
         rows = (ids - self._starts[numbers]).tolist()
         wanted = numbers.tolist()
+        distinct = dict.fromkeys(wanted)
+        if self.is_remote:
+            absent = [number for number in distinct if number not in self._open_blocks]
+            if len(absent) > 1:
+                with ThreadPoolExecutor(min(_TOGETHER, len(absent))) as pool:
+                    list(pool.map(self._prepare, absent))
         if self.verify == "always":
             self._checked.clear()
-            for number in set(wanted):
+            for number in distinct:
                 self._verify(number)
-        blocks = {number: self._block(number) for number in dict.fromkeys(wanted)}
+        blocks = {number: self._block(number) for number in distinct}
         return [(blocks[number], row) for number, row in zip(wanted, rows, strict=True)]
 
     def _locate(self, number: int) -> tuple[Shard, int]:
@@ -231,41 +418,47 @@ class ShardedDataset(Dataset[Any]):
             raise RuntimeError(str(damage))
         self._checked.add(number)
 
-    def _block(self, number: int) -> _Block:
+    def _block(self, number: int) -> Block:
         known = self._open_blocks.get(number)
         if known is not None:
-            if known[2]:
-                self._open_blocks.move_to_end(number)
+            if known.in_memory or known.leased:
+                with self._mutex:
+                    if number in self._open_blocks:
+                        self._open_blocks.move_to_end(number)
             return known
         self._verify(number)
         shard, block = self._locate(number)
-        batch = shard.read(block).select(self.columns)
-        getters = [getter(field, batch.column(field.name)) for field in self._fields]
-        in_memory = shard.decoded_bytes(batch)
-        opened = ([get for get, _ in getters], [rows for _, rows in getters], in_memory)
-        self._open_blocks[number] = opened
-        self._decoded_bytes += in_memory
-        while len(self._open_blocks) > 1 and (
-            len(self._open_blocks) > _MAPPED_BLOCKS or self._decoded_bytes > _DECODED_BYTES
-        ):
-            _, (_, _, freed) = self._open_blocks.popitem(last=False)
-            self._decoded_bytes -= freed
+        opened = shard.open(block, self._fields)
+        with self._mutex:
+            self._keep(number, opened)
         return opened
 
+    def _keep(self, number: int, opened: Block) -> None:
+        if number in self._open_blocks:  # another thread was faster
+            return
+        self._open_blocks[number] = opened
+        self._decoded_bytes += opened.in_memory
+        self._leased_bytes += opened.leased
+        # half of the cache at most, so that there is always something to make room from
+        leasable = self._store.limit // 2 if self._store is not None else 0
+        while len(self._open_blocks) > 1 and (
+            len(self._open_blocks) > _MAPPED_BLOCKS
+            or self._decoded_bytes > _DECODED_BYTES
+            or self._leased_bytes > leasable
+        ):
+            _, closed = self._open_blocks.popitem(last=False)
+            self._decoded_bytes -= closed.in_memory
+            self._leased_bytes -= closed.leased
 
-def _explain(name: str, ids: Ids, values: list[Value]) -> ValueError:
-    for number, value in zip(ids.tolist(), values, strict=True):
-        if value is None:
-            return ValueError(
-                f"column {name!r} has a null in sample {number}, and a tensor has none; leave the "
-                "column out with columns=, or give a transform that replaces None"
-            )
-        if isinstance(value, int) and not -(2**63) <= value < 2**63:
-            return ValueError(
-                f"column {name!r} holds {value} in sample {number}, beyond int64; leave the column "
-                "out with columns=, or give a transform that converts it"
-            )
-    return ValueError(f"column {name!r} cannot become a tensor")
+
+def _default_cache() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "torsh-data"
+
+
+def _coprime(number: int, rows: int) -> int:
+    while math.gcd(number, rows) != 1:
+        number += 1
+    return number
 
 
 def _takes_two(transform: Transform) -> bool:
@@ -276,49 +469,3 @@ def _takes_two(transform: Transform) -> bool:
     positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     needed = [p for p in parameters if p.kind in positional and p.default is p.empty]
     return len(needed) == 2
-
-
-def _shared_schema(shards: Sequence[Shard]) -> pa.Schema:
-    first = shards[0].schema()
-    described: set[Path] = set()  # shards of one index were written with one schema
-    for shard in shards:
-        folder = Path(shard.path).parent
-        if isinstance(shard, IndexedShard) and folder in described:
-            continue
-        described.add(folder)
-        if not shard.schema().equals(first):
-            raise ValueError(
-                f"{shard.path} has the columns {_describe(shard.schema())}, but {shards[0].path} "
-                f"has {_describe(first)}; open them as two data sets"
-            )
-    return first
-
-
-def _describe(schema: pa.Schema) -> str:
-    return ", ".join(f"{field.name}: {field.type}" for field in schema)
-
-
-def _find(source: Source) -> list[Path]:
-    if isinstance(source, (str, os.PathLike)):
-        path = Path(source)
-        if path.is_dir():
-            if (path / INDEX_NAME).exists():
-                return [path / entry.name for entry in read_index(path / INDEX_NAME).shards]
-            found = sorted(p for p in path.iterdir() if p.suffix in _SUFFIXES)
-        elif path.is_file():
-            found = [path]
-        else:
-            found = sorted(map(Path, glob.glob(str(source), recursive=True)))  # noqa: PTH207
-    else:
-        found = [Path(p) for p in source]
-    if not found:
-        raise FileNotFoundError(
-            f"source={source!r}: no .arrow or .parquet files there; a folder without an "
-            f"{INDEX_NAME} may be one whose writer did not finish"
-        )
-    for path in found:
-        if path.suffix not in _SUFFIXES:
-            raise ValueError(f"{path}: reads .arrow (Arrow IPC files) and .parquet files only")
-        if not path.exists() and not (path.parent / INDEX_NAME).exists():
-            raise FileNotFoundError(f"{path} is missing")
-    return found

@@ -4,11 +4,13 @@ The file is JSON. `checksum` is the XXH3 of everything else in it, so damage to 
 like damage to a shard. For each shard it lists the size in rows and bytes, and for each block of
 the shard its rows, where it begins, and the XXH3 of its bytes (the first block's include the file's
 head); `tail` is the XXH3 of what follows the last block, so every byte of a shard is covered.
+`metadata` is the user's own. Version 1 had none, and is still read.
 """
 
 import json
 import os
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ import xxhash
 INDEX_NAME = "index.json"
 MARK = b"torsh.shard"  # in the schema's metadata: a shard that needs an index beside it
 FORMAT = "torsh-shards"
-VERSION = 1
+VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,7 @@ class Index:
     schema: dict[str, str]
     compression: str | None
     shards: list[ShardEntry]
+    metadata: dict[str, Any] = field(default_factory=dict)
 
 
 def hash_bytes(data: bytes | memoryview) -> str:
@@ -66,15 +69,25 @@ def read_index(path: Path) -> Index:
         raise RuntimeError(f"{path} is not an index of shards, or is damaged: {error}") from error
     if name != FORMAT:
         raise RuntimeError(f"{path} has format {name!r}, expected {FORMAT!r}")
-    if version != VERSION:
+    if version not in range(1, VERSION + 1):
         raise RuntimeError(
-            f"{path} has version {version}, this torsh-data reads version {VERSION}; update it"
+            f"{path} has version {version}, this torsh-data reads up to {VERSION}; update it"
         )
     found = hash_bytes(_canonical({"format": name, "version": version, **body}))
     if found != expected:
         raise RuntimeError(f"{path} is damaged: its checksum is {found}, it says {expected}")
     shards = [ShardEntry(**shard) for shard in body.pop("shards")]
     return Index(shards=shards, **body)
+
+
+def checked_metadata(metadata: Mapping[str, Any] | None) -> dict[str, Any]:
+    """The user's metadata as it will be read back."""
+    if metadata is not None and not isinstance(metadata, Mapping):
+        raise TypeError(f"metadata={metadata!r} must be a mapping")
+    try:
+        return json.loads(json.dumps(dict(metadata or {}), allow_nan=False))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"metadata is kept as JSON, which cannot hold it: {error}") from error
 
 
 def replace_file(path: Path, content: bytes) -> None:
@@ -90,7 +103,12 @@ def replace_file(path: Path, content: bytes) -> None:
 def publish(temporary: Path, path: Path) -> None:
     """Rename a synced file to its final name, and make the name survive a power cut."""
     temporary.replace(path)
-    folder = os.open(path.parent, os.O_RDONLY)
+    sync_folder(path.parent)
+
+
+def sync_folder(path: Path) -> None:
+    """Make the names in a folder survive a power cut."""
+    folder = os.open(path, os.O_RDONLY)
     try:
         os.fsync(folder)
     finally:

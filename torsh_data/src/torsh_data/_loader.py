@@ -5,7 +5,7 @@ import warnings
 from collections.abc import Callable, Generator, Iterator, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeAlias, cast
+from typing import Any, Literal, TypeAlias, cast
 
 import torch
 from torch.utils.data import Dataset
@@ -14,7 +14,7 @@ from torsh_data._dataset import ShardedDataset
 from torsh_data._fingerprint import identify
 from torsh_data._mixture import Mixture
 from torsh_data._order import Order
-from torsh_data._reader import Batch, Collate, Reader
+from torsh_data._reader import Batch, Collate, Delivery, Reader
 from torsh_data._requests import DropLast, EpochOrder, Requests, share
 from torsh_data._rng import fold
 from torsh_data._sizes import parse_bytes
@@ -56,7 +56,8 @@ class StreamLoader:
             `ShardedDataset` have no blocks to respect and are always shuffled uniformly. In a
             `Mixture` each part has a window of this size.
         epoch: The first epoch.
-        num_workers: How many workers read ahead; 0 reads in the loop itself.
+        num_workers: How many workers read ahead; 0 reads in the loop itself, `"auto"` takes three
+            seconds to find out (`tune_workers` with its own choice of `workers`).
         workers: `"process"`, or `"thread"` for data sets that release the interpreter's lock while
             they work (`torchvision.io` decoding, most of NumPy and torch): batches are handed over
             without a copy, and memory is shared. The data set must allow several threads, as
@@ -95,7 +96,7 @@ class StreamLoader:
         seed: int = 0,
         window: str | int = _WINDOW,
         epoch: int = 0,
-        num_workers: int = 0,
+        num_workers: int | Literal["auto"] = 0,
         workers: Workers = "process",
         collate_fn: Collate | None = None,
         drop_last: DropLast = True,
@@ -113,6 +114,12 @@ class StreamLoader:
                 "StreamLoader needs a map-style data set, write a stream to shards first "
                 "(write_shards)"
             )
+        if num_workers == "auto":
+            from torsh_data._tune import tune_workers
+
+            plan = tune_workers(dataset, batch_size, budget_s=3.0, collate_fn=collate_fn)
+            num_workers, workers = plan.num_workers, plan.workers
+            prefetch_factor = plan.prefetch_factor
         for name, value, least in (
             ("batch_size", batch_size, 1),
             ("epoch", epoch, 0),
@@ -269,6 +276,14 @@ class StreamLoader:
         if epoch != self._epoch:
             self._move(epoch, 0)
 
+    @property
+    def batch_sampler(self) -> "_EpochCount":
+        """Where Lightning says which epoch begins (`batch_sampler.sampler.set_epoch`).
+
+        From a checkpoint of the end of an epoch it restores no loader's state, only this count.
+        """
+        return _EpochCount(self)
+
     def skip(self, n_batches: int) -> None:
         """Move on without reading, across epochs, for instance past a spike of the loss.
 
@@ -299,6 +314,8 @@ class StreamLoader:
         return max(0, left // step if self.drop_last is True else -(-left // step))
 
     def __iter__(self) -> Iterator[Batch]:
+        # nothing is decided before the first batch is asked for: Lightning makes the iterator of
+        # the first epoch before it says which epoch that is
         return _received(self._draw())
 
     def _draw(self) -> Generator[tuple[Batch, Callable[[], None]]]:
@@ -308,15 +325,17 @@ class StreamLoader:
         if self._batches_left(self._position) == 0:  # after a resume with larger batches
             self._move(self._epoch + 1, 0)
         me = self._running = object()
-        return self._deliver(me, self._epoch, self._position)
+        yield from self._deliver(me, self._epoch, self._position)
 
     def _deliver(
         self, me: object, epoch: int, position: int
     ) -> Generator[tuple[Batch, Callable[[], None]]]:
         rank, world = self._find_topology()
         step, _ = self._steps()
+        sharded = self.dataset if isinstance(self.dataset, ShardedDataset) else None
+        announce = sharded.will_read if sharded is not None and sharded.is_remote else None
         requests = Requests(
-            self._order, epoch, position, self.batch_size, rank, world, self.drop_last
+            self._order, epoch, position, self.batch_size, rank, world, self.drop_last, announce
         )
         reader = Reader(self.dataset, self.collate_fn, self._order.seed, self.drop_last == "pad")
         watch = self._watch = Stopwatch(self.workers, self.num_workers)
@@ -328,6 +347,8 @@ class StreamLoader:
             ahead=self.prefetch_factor,
             seed=fold(self._order.seed, epoch) >> 1,
         )
+        if sharded is not None:
+            arriving = _collecting_errors(arriving, sharded)
         last = len(requests)
         if not last and self._running is me:  # the other ranks share the few samples that are left
             self._move(epoch + 1, 0)
@@ -350,6 +371,28 @@ def _received(drawn: Generator[tuple[Batch, Callable[[], None]]]) -> Iterator[Ba
         # what comes after the last one.
         arrive()
         yield batch
+
+
+def _collecting_errors(arriving: Iterator[Delivery], dataset: ShardedDataset) -> Iterator[Delivery]:
+    """Let this process know, and count, what its workers replaced."""
+    for delivery in arriving:
+        if delivery.errors:
+            dataset.add_errors(delivery.errors)
+        yield delivery
+
+
+class _EpochCount:
+    """A Trainer's count of epochs, which a loader follows when it is behind."""
+
+    def __init__(self, loader: StreamLoader) -> None:
+        self._loader = loader
+        self.batch_size = loader.batch_size
+        self.sampler = self
+
+    def set_epoch(self, epoch: int) -> None:
+        """Go to the start of an epoch, unless the loader is there or beyond."""
+        if epoch > self._loader.epoch:
+            self._loader.set_epoch(epoch)
 
 
 def _plan(dataset: Dataset[Any], least: int, seed: int, window: str | int) -> EpochOrder:
@@ -377,4 +420,5 @@ def _plan(dataset: Dataset[Any], least: int, seed: int, window: str | int) -> Ep
             f"window={window!r} holds {wanted} rows, less than one batch of {least}; use a "
             "larger window"
         )
+    dataset.require_cache(min(wanted, rows))
     return Order(rows, seed, min(wanted, rows), dataset.block_rows)

@@ -1,6 +1,6 @@
 """Which samples a rank's batches hold, from a position to the end of the epoch."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal, Protocol, TypeAlias
 
@@ -51,9 +51,11 @@ class Requests(Sampler[Request]):
         rank: int,
         world: int,
         drop_last: DropLast,
+        announce: Callable[[Ids], None] | None = None,
     ) -> None:
         self.order, self.epoch, self.position = order, epoch, position
         self.batch_size, self.rank, self.world, self.drop_last = batch_size, rank, world, drop_last
+        self.announce = announce
         self.step = batch_size * world
         self.whole, self.rest = divmod(order.rows - position, self.step)
 
@@ -72,13 +74,21 @@ class Requests(Sampler[Request]):
     def __len__(self) -> int:
         return self.whole + (self._tail() is not None)
 
+    def _ids(self, first: int, count: int) -> Ids:
+        """Samples of whole batches, from number `first` on."""
+        mine = self.position + self.rank * self.batch_size + np.arange(self.batch_size)
+        steps = np.arange(first, min(first + count, self.whole)) * self.step
+        return self.order(self.epoch, (steps[:, None] + mine).reshape(-1))
+
     def __iter__(self) -> Iterator[Request]:
         size = self.batch_size
         together = max(1, CHUNK // size)
-        mine = self.position + self.rank * size + np.arange(size)
+        ahead = np.empty(0, np.int64)
         for first in range(0, self.whole, together):
-            steps = np.arange(first, min(first + together, self.whole)) * self.step
-            ids = self.order(self.epoch, (steps[:, None] + mine).reshape(-1))
+            ids = ahead if len(ahead) else self._ids(first, together)
+            if self.announce is not None:
+                ahead = self._ids(first + together, together)
+                self.announce(np.concatenate([ids, ahead]))
             for batch in ids.reshape(-1, size):
                 yield Request(self.epoch, batch, size)
         tail = self._tail()

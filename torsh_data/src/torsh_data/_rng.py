@@ -154,3 +154,20 @@ def beta(keys: Keys, alpha: float, draw: int) -> npt.NDArray[np.float64]:
         keys, alpha, draw
     )
     return 1 / (1 + np.exp(np.minimum(difference, 700.0)))
+
+
+def dirichlet(keys: Keys, alpha: float, count: int, draw: int) -> npt.NDArray[np.float64]:
+    """Dirichlet(alpha, ..., alpha) weights of each key, from `count` times 1000 draws on `draw`.
+
+    Args:
+        keys: `(n,)` int64.
+        alpha: Above 0; 1 is the uniform distribution on the simplex.
+        count: Number of weights.
+        draw: First number of the key's sequence to use.
+
+    Returns:
+        `(n, count)` float64 in [0, 1]; each row sums to 1.
+    """
+    logs = np.stack([_log_gamma_variates(keys, alpha, draw + 1000 * k) for k in range(count)], 1)
+    shares = np.exp(np.maximum(logs - logs.max(1, keepdims=True, initial=-np.inf), -700.0))
+    return shares / shares.sum(1, keepdims=True)

@@ -1,18 +1,18 @@
-"""Files of rows in blocks, mapped into memory: our shards, plain Arrow files and Parquet files."""
+"""What a data set asks of a file: rows in blocks. Here, the shards that `write_shards` wrote."""
 
-import mmap
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeAlias
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
-from torsh_data._index import INDEX_NAME, MARK, ShardEntry, hash_bytes, read_index
+from torsh_data._columns import Array, Getter, Value, getter
+from torsh_data._files import DataFile, LocalFile
+from torsh_data._index import INDEX_NAME, ShardEntry, hash_bytes
 
 Verify = Literal["first_read", "always", "never"]
+Sample: TypeAlias = dict[str, Value]
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,34 @@ class Damage:
         )
 
 
+class Block(ABC):
+    """Rows that lie together in storage."""
+
+    in_memory: int = 0
+    """Bytes of memory of its own."""
+    leased: int = 0
+    """Bytes in the store that stay there while this block is open."""
+    tensors: Sequence[Array | None] | None = None
+    """The columns that are stacked tensors already; None if no column can be."""
+
+    @abstractmethod
+    def sample(self, row: int) -> Sample:
+        """One row."""
+
+
+class ArrowBlock(Block):
+    """A record batch, used where it lies."""
+
+    def __init__(self, batch: pa.RecordBatch, fields: Sequence[pa.Field]) -> None:
+        pairs = [getter(field, batch.column(field.name)) for field in fields]
+        self.getters: list[Getter] = [get for get, _ in pairs]
+        self.tensors = [rows for _, rows in pairs]
+        self._named = [(field.name, get) for field, get in zip(fields, self.getters, strict=True)]
+
+    def sample(self, row: int) -> Sample:
+        return {name: get(row) for name, get in self._named}
+
+
 class Shard(ABC):
     """A file of rows in blocks; opened at the first read, and again in each worker process."""
 
@@ -41,6 +69,8 @@ class Shard(ABC):
     nbytes: int
     identity: str
     """What the data set's fingerprint knows of this file."""
+    is_remote: bool = False
+    """Whether reading a block may take a request to another machine."""
 
     @property
     def blocks(self) -> int:
@@ -51,12 +81,12 @@ class Shard(ABC):
         """The columns."""
 
     @abstractmethod
-    def read(self, block: int) -> pa.RecordBatch:
+    def open(self, block: int, fields: Sequence[pa.Field]) -> Block:
         """One block, without checking it."""
 
-    @abstractmethod
-    def decoded_bytes(self, batch: pa.RecordBatch) -> int:
-        """How much of a block lies in memory of its own instead of the mapped file."""
+    def prepare(self, block: int) -> None:
+        """Bring a block into the store, if there is one between the file and this machine."""
+        del block
 
     def damage(self, block: int) -> Damage | None:
         """What is wrong with a block (`blocks` stands for the footer); None if nothing can be."""
@@ -66,193 +96,126 @@ class Shard(ABC):
 
 @dataclass
 class IndexedShard(Shard):
-    """A shard that `write_shards` wrote, with checksums from its index."""
+    """A shard that `write_shards` wrote, with checksums from its index.
 
-    path: str
+    A local one is opened as the Arrow file that it is. Of a remote one the blocks are fetched as
+    they are needed and read one by one, without the footer.
+    """
+
+    file: DataFile
     entry: ShardEntry
     verify: Verify
-    _mapped: "_MappedArrow | None" = field(default=None, repr=False)
+    known_schema: pa.Schema | None = None
+    _mapped: "MappedArrow | None" = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
+        self.path = self.file.name
+        self.is_remote = not isinstance(self.file, LocalFile)
         self.block_rows = self.entry.block_rows
         self.nbytes = self.entry.bytes
         self.identity = f"{self.entry.name}:{self.entry.rows}:{self.entry.tail}:" + hash_bytes(
             "".join(self.entry.xxh3).encode()
         )
-        self.check_size()
-
-    def check_size(self) -> None:
-        path = Path(self.path)
-        if not path.exists():
-            raise FileNotFoundError(
-                f"{self.path} is missing: {INDEX_NAME} beside it lists it with "
-                f"{self.entry.rows} rows, {self.entry.bytes} bytes"
-            )
-        size = path.stat().st_size
-        if size != self.entry.bytes:
+        if self.file.size != self.entry.bytes:
             raise RuntimeError(
-                f"{self.path} has {size} bytes, {INDEX_NAME} says {self.entry.bytes}; "
+                f"{self.path} has {self.file.size} bytes, {INDEX_NAME} says {self.entry.bytes}; "
                 "the file was cut short or replaced, copy it anew"
             )
 
-    def _open(self) -> "_MappedArrow":
+    def _is_read_whole(self) -> bool:
+        if isinstance(self.file, LocalFile):
+            return True
+        return any(pa.types.is_dictionary(field.type) for field in self.schema())
+
+    def _open(self) -> "MappedArrow":
         if self._mapped is None:
-            mapped = _map(self.path)
+            content = self.file.whole().content
             if self.verify != "never":  # a damaged footer must not reach the parser
-                damage = self._compare(mapped, self.blocks)
+                start = self.entry.starts[-1]
+                damage = self._compare(memoryview(content)[start:], self.blocks)
                 if damage is not None:
                     raise RuntimeError(str(damage))
-            self._mapped = _MappedArrow(mapped, self.path)
+            self._mapped = MappedArrow(content, self.path)
         return self._mapped
 
-    def _compare(self, mapped: mmap.mmap, block: int) -> Damage | None:
-        entry = self.entry
-        expected = [*entry.xxh3, entry.tail][block]
-        end = entry.starts[block + 1] if block < self.blocks else entry.bytes
-        with memoryview(mapped) as view, view[entry.starts[block] : end] as part:
-            found = hash_bytes(part)
+    def _compare(self, part: memoryview, block: int) -> Damage | None:
+        expected = [*self.entry.xxh3, self.entry.tail][block]
+        found = hash_bytes(part)
         if found == expected:
             return None
         return Damage(self.path, block, self.blocks, expected, found)
 
+    def _range(self, block: int) -> tuple[int, int]:
+        starts = [*self.entry.starts, self.entry.bytes]
+        return starts[block], starts[block + 1]
+
+    def _check(self, part: memoryview, block: int) -> str | None:
+        damage = None if self.verify == "never" else self._compare(part, block)
+        return None if damage is None else str(damage)
+
     def schema(self) -> pa.Schema:
-        return self._open().reader.schema
+        if self.known_schema is None:
+            if isinstance(self.file, LocalFile):
+                self.known_schema = self._open().reader.schema
+            else:
+                head = self.file.part(*self._range(0), lambda part: self._check(part, 0)).content
+                self.known_schema = pa.ipc.open_stream(head[8:]).schema
+        return self.known_schema
 
-    def read(self, block: int) -> pa.RecordBatch:
-        return self._open().reader.get_batch(block)
+    def open(self, block: int, fields: Sequence[pa.Field]) -> Block:
+        if self._is_read_whole():
+            mapped = self._open()
+            batch = mapped.reader.get_batch(block).select([field.name for field in fields])
+            opened = ArrowBlock(batch, fields)
+            opened.in_memory = mapped.bytes_outside(batch)
+            return opened
+        view = self.file.part(*self._range(block), lambda part: self._check(part, block))
+        messages = pa.ipc.MessageReader.open_stream(view.content[8 if block == 0 else 0 :])
+        if block == 0:
+            messages.read_next_message()  # the schema
+        batch = pa.ipc.read_record_batch(messages.read_next_message(), self.schema())
+        batch = batch.select([field.name for field in fields])
+        opened = ArrowBlock(batch, fields)
+        opened.in_memory = view.content.size if view.in_memory else 0
+        opened.in_memory += bytes_outside(batch, view.content)
+        opened.leased = view.content.size
+        return opened
 
-    def decoded_bytes(self, batch: pa.RecordBatch) -> int:
-        return self._open().bytes_outside(batch)
+    def prepare(self, block: int) -> None:
+        self.file.prepare(*self._range(block), lambda part: self._check(part, block))
 
     def damage(self, block: int) -> Damage | None:
-        mapped = self._mapped.mapped if self._mapped is not None else _map(self.path)
-        return self._compare(mapped, block)
+        begin, end = self._range(block)
+        damage = self._compare(memoryview(self.file.part(begin, end).content), block)
+        if damage is not None and self.file.refetch(begin, end):
+            damage = self._compare(memoryview(self.file.part(begin, end).content), block)
+        return damage
 
     def __getstate__(self) -> dict[str, object]:
         return {**self.__dict__, "_mapped": None}
 
 
-@dataclass
-class ArrowShard(Shard):
-    """An Arrow IPC file from elsewhere: record batches are its blocks, there are no checksums."""
-
-    path: str
-    _mapped: "_MappedArrow | None" = field(default=None, repr=False)
-
-    def __post_init__(self) -> None:
-        reader = self._open().reader
-        counts = [reader.get_batch(b).num_rows for b in range(reader.num_record_batches)]
-        self.block_rows = [rows for rows in counts if rows]
-        self._block_numbers = [b for b, rows in enumerate(counts) if rows]
-        self.nbytes = Path(self.path).stat().st_size
-        self.identity = f"{Path(self.path).name}:{sum(counts)}:{self.nbytes}"
-
-    def _open(self) -> "_MappedArrow":
-        if self._mapped is None:
-            self._mapped = _MappedArrow(_map(self.path), self.path)
-        return self._mapped
-
-    def schema(self) -> pa.Schema:
-        return self._open().reader.schema
-
-    def read(self, block: int) -> pa.RecordBatch:
-        batch = self._open().reader.get_batch(self._block_numbers[block])
-        batch.validate()
-        return batch
-
-    def decoded_bytes(self, batch: pa.RecordBatch) -> int:
-        return self._open().bytes_outside(batch)
-
-    def __getstate__(self) -> dict[str, object]:
-        return {**self.__dict__, "_mapped": None}
-
-
-@dataclass
-class ParquetShard(Shard):
-    """A Parquet file: row groups are its blocks, decoded when they are read."""
-
-    path: str
-    _file: "pq.ParquetFile | None" = field(default=None, repr=False)
-
-    def __post_init__(self) -> None:
-        metadata = self._open().metadata
-        counts = [metadata.row_group(g).num_rows for g in range(metadata.num_row_groups)]
-        self.block_rows = [rows for rows in counts if rows]
-        self._block_numbers = [g for g, rows in enumerate(counts) if rows]
-        self.nbytes = sum(metadata.row_group(g).total_byte_size for g in range(len(counts)))
-        self.identity = f"{Path(self.path).name}:{sum(counts)}:{Path(self.path).stat().st_size}"
-
-    def _open(self) -> pq.ParquetFile:
-        if self._file is None:
-            self._file = pq.ParquetFile(self.path, memory_map=True)
-        return self._file
-
-    def schema(self) -> pa.Schema:
-        return self._open().schema_arrow
-
-    def read(self, block: int) -> pa.RecordBatch:
-        table = self._open().read_row_group(self._block_numbers[block], use_threads=False)
-        return table.combine_chunks().to_batches()[0]
-
-    def decoded_bytes(self, batch: pa.RecordBatch) -> int:
-        return batch.nbytes
-
-    def __getstate__(self) -> dict[str, object]:
-        return {**self.__dict__, "_file": None}
-
-
-class _MappedArrow:
+class MappedArrow:
     """An open Arrow IPC file whose blocks are slices of the mapping."""
 
-    def __init__(self, mapped: mmap.mmap, path: str) -> None:
-        self.mapped = mapped
-        whole = pa.py_buffer(mapped)
-        self._begin, self._end = whole.address, whole.address + whole.size
+    def __init__(self, content: pa.Buffer, path: str) -> None:
+        self.content = content
         try:
-            self.reader = pa.ipc.open_file(whole)
+            self.reader = pa.ipc.open_file(content)
         except pa.ArrowInvalid as error:
             raise RuntimeError(f"{path} is not a readable Arrow IPC file: {error}") from error
 
     def bytes_outside(self, batch: pa.RecordBatch) -> int:
         """Bytes of a batch that are not slices of the mapping: what had to be decompressed."""
-        buffers = (buffer for column in batch.columns for buffer in column.buffers())
-        return sum(
-            buffer.size
-            for buffer in buffers
-            if buffer is not None and not self._begin <= buffer.address < self._end
-        )
+        return bytes_outside(batch, self.content)
 
 
-def _map(path: str) -> mmap.mmap:
-    with Path(path).open("rb") as file:
-        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-
-
-def open_shards(paths: Sequence[Path], verify: Verify) -> list[Shard]:
-    """The shards at `paths`; those of `write_shards` through the index beside them."""
-    entries: dict[Path, ShardEntry] = {}
-    shards: list[Shard] = []
-    for folder in dict.fromkeys(path.parent for path in paths):
-        if (folder / INDEX_NAME).exists():
-            index = read_index(folder / INDEX_NAME)
-            entries |= {folder / entry.name: entry for entry in index.shards}
-    for path in paths:
-        if path in entries:
-            shards.append(IndexedShard(str(path), entries[path], verify))
-        elif path.suffix == ".parquet":
-            shards.append(ParquetShard(str(path)))
-        else:
-            shards.append(_open_arrow(path))
-    return shards
-
-
-def _open_arrow(path: Path) -> ArrowShard:
-    if path.stat().st_size == 0:
-        raise RuntimeError(f"{path} is empty, not an Arrow IPC file")
-    shard = ArrowShard(str(path))
-    if MARK in (shard.schema().metadata or {}):
-        raise RuntimeError(
-            f"{path} is a shard that no {INDEX_NAME} beside it lists: the writer did not finish, "
-            "or the index was not copied; write the data set again or copy its index"
-        )
-    return shard
+def bytes_outside(batch: pa.RecordBatch, content: pa.Buffer) -> int:
+    """Bytes of a batch that are not slices of `content`."""
+    begin, end = content.address, content.address + content.size
+    buffers = (buffer for column in batch.columns for buffer in column.buffers())
+    return sum(
+        buffer.size
+        for buffer in buffers
+        if buffer is not None and not begin <= buffer.address < end
+    )

@@ -49,8 +49,9 @@ class LoaderStats:
 
     @property
     def bottleneck(self) -> Bottleneck:
-        """What limits the loop: its own `"step"`, or the loader's `"read"`, `"collate"` or
-        `"transfer"` between processes; `"none"` before the second batch.
+        """What limits the loop; `"none"` before the second batch.
+
+        Its own `"step"`, or the loader's `"read"`, `"collate"` or `"transfer"` between processes.
         """
         spent = self.wait_s + self.step_s
         if self.batches < 2 or not spent:

@@ -8,6 +8,7 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch.utils.data import DataLoader
 
+from torsh_data._orphans import die_with_parent
 from torsh_data._reader import Delivery, Reader
 from torsh_data._requests import Requests
 
@@ -36,6 +37,7 @@ def deliveries(
             sampler=requests,
             num_workers=count,
             collate_fn=_as_is,
+            worker_init_fn=die_with_parent if count else None,
             prefetch_factor=ahead if count else None,
             generator=torch.Generator().manual_seed(seed),
         )

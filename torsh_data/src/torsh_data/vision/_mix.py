@@ -1,5 +1,6 @@
 """Mixup and CutMix for a whole batch, with soft targets."""
 
+from dataclasses import dataclass
 from typing import Literal, cast
 
 import numpy as np
@@ -8,10 +9,60 @@ import torch
 from torch import nn
 
 from torsh_data._rng import Keys, beta, fold, uniform
+from torsh_data.vision._keys import as_keys
 
 # Draws of a key: RandAugment uses those from 0 on, these lie far behind.
 _APPLY, _SWITCH, _X, _Y, _PARTNER, _LAMBDA = 1000, 1001, 1002, 1003, 1004, 2000
-_ALL_KEYS = (-(2**63), 2**63 - 1)
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """What each of `n` images gets from its partner; on the CPU.
+
+    Attributes:
+        partner: Place of the other image `(n,)`, int64.
+        weight: The image's own share outside the box `(n,)`, float64.
+        box: What shows the partner alone, (top, bottom, left, right) `(n, 4)`, int64.
+    """
+
+    partner: torch.Tensor
+    weight: torch.Tensor
+    box: torch.Tensor
+
+    def visible(self, height: int, width: int) -> torch.Tensor:
+        """The image's own share of the whole picture `(n,)`, float64."""
+        top, bottom, left, right = self.box.unbind(1)
+        return self.weight * (1 - (bottom - top) * (right - left) / (height * width))
+
+
+def inside(box: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
+    """Which pixels of `images` lie in each one's box `(n, 4)`: `(n, 1, height, width)` bool."""
+    device = images.device
+    y = torch.arange(images.shape[2], device=device).view(1, 1, -1, 1)
+    x = torch.arange(images.shape[3], device=device).view(1, 1, 1, -1)
+    bounds = box.to(device, non_blocking=True)
+    top, bottom, left, right = bounds.view(-1, 4, 1, 1, 1).unbind(1)
+    return (y >= top) & (y < bottom) & (x >= left) & (x < right)
+
+
+def mix_images(images: torch.Tensor, mixture: Mixture) -> torch.Tensor:
+    """Average and paste; half precision is averaged in float32."""
+    device = images.device
+    others = images.index_select(0, mixture.partner.to(device, non_blocking=True))
+    mixed = images
+    if (mixture.weight < 1).any():
+        dtype = torch.promote_types(images.dtype, torch.float32)
+        share = mixture.weight.to(dtype).to(device, non_blocking=True).view(-1, 1, 1, 1)
+        mixed = (images.to(dtype) * share + others.to(dtype) * (1 - share)).to(images.dtype)
+    return torch.where(inside(mixture.box, images), others, mixed)
+
+
+def mix_targets(targets: torch.Tensor, mixture: Mixture, height: int, width: int) -> torch.Tensor:
+    """Weigh targets `(n, classes)` float32 with what is visible of images of this size."""
+    device = targets.device
+    kept = mixture.visible(height, width).float().to(device, non_blocking=True)[:, None]
+    others = targets.index_select(0, mixture.partner.to(device, non_blocking=True))
+    return targets * kept + others * (1 - kept)
 
 
 class MixupCutmix(nn.Module):
@@ -112,44 +163,36 @@ class MixupCutmix(nn.Module):
                 f"images has dtype {images.dtype}, but Mixup averages; convert to floating point "
                 "or use mixup_alpha=0"
             )
-        targets = self._targets(labels, len(images), images.device)
-        if keys is None:
-            keys = torch.randint(*_ALL_KEYS, (len(images),))
-        keys = keys.reshape(-1).cpu()
-        if len(keys) != len(images) or keys.dtype != torch.int64:
-            raise ValueError(
-                f"keys has shape {tuple(keys.shape)} and dtype {keys.dtype}, expected one int64 "
-                f"number for each of {len(images)} images"
-            )
+        targets = self.targets(labels, images)
+        numbers = as_keys(keys, None, len(images))
         if len(images) < 2:
             return images.clone(), targets
+        mixture = self.draw(numbers, *images.shape[-2:])
+        return mix_images(images, mixture), mix_targets(targets, mixture, *images.shape[-2:])
+
+    def draw(self, keys: torch.Tensor, height: int, width: int) -> Mixture:
+        """What happens to the images of a batch.
+
+        Args:
+            keys: `(n,)` int64, on the CPU.
+            height: Of the images, in pixels.
+            width: Of the images, in pixels.
+        """
         numbers = cast("Keys", keys.numpy())
         ring = np.argsort(uniform(numbers, _PARTNER), kind="stable")
         partner = np.empty_like(ring)
         partner[ring] = np.roll(ring, -1)
-        weight, box = self._draw(numbers, *images.shape[-2:])
+        weight, box = self._draw(numbers, height, width)
+        return Mixture(*(torch.from_numpy(part) for part in (partner, weight, box)))
 
-        device = images.device
-        other = torch.from_numpy(partner).to(device, non_blocking=True)
-        others = images.index_select(0, other)
-        cut = torch.from_numpy(box).to(device, non_blocking=True)
-        area = (box[:, 1] - box[:, 0]) * (box[:, 3] - box[:, 2])
-        mixed = images
-        if (weight < 1).any():
-            share = torch.from_numpy(weight).to(images.dtype).to(device, non_blocking=True)
-            share = share.view(-1, 1, 1, 1)
-            mixed = images * share + others * (1 - share)
-        y = torch.arange(images.shape[2], device=device).view(1, 1, -1, 1)
-        x = torch.arange(images.shape[3], device=device).view(1, 1, 1, -1)
-        top, bottom, left, right = cut.view(-1, 4, 1, 1, 1).unbind(1)
-        inside = (y >= top) & (y < bottom) & (x >= left) & (x < right)
-        mixed = torch.where(inside, others, mixed)
+    def targets(self, labels: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
+        """Smoothed targets `(batch, num_classes)` float32 of images that are not mixed yet.
 
-        visible = weight * (1 - area / (images.shape[2] * images.shape[3]))
-        kept = torch.from_numpy(visible).float().to(device, non_blocking=True)[:, None]
-        return mixed, targets * kept + targets.index_select(0, other) * (1 - kept)
-
-    def _targets(self, labels: torch.Tensor, batch: int, device: torch.device) -> torch.Tensor:
+        Args:
+            labels: Class numbers `(batch,)`, or targets `(batch, num_classes)`.
+            images: Where the targets go: one for each, on their device.
+        """
+        batch, device = len(images), images.device
         if labels.shape[:1] != (batch,):
             raise ValueError(f"labels has shape {tuple(labels.shape)} for {batch} images")
         if labels.ndim == 2 and labels.shape[1] == self.num_classes:

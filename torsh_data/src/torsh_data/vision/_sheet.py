@@ -1,9 +1,14 @@
-"""A picture of what an augmentation does."""
+"""Pictures of what augmentation does."""
 
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+import io
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
+
+from torsh_data.vision._images import as_batch, from_picture, is_picture
+from torsh_data.vision._keys import as_keys
+from torsh_data.vision._policy import Policy
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -53,12 +58,13 @@ def plot_sheet(
     sheet = torch.ones(len(rows) * (height + gap) - gap, columns * (width + gap) - gap, 3)
     for r, images in enumerate(rows.values()):
         for c, image in enumerate(images[:columns].detach().cpu()):
-            shown = image.float() / 255 if image.dtype == torch.uint8 else image.float()
+            shown = _unit(image)
             y, x = r * (height + gap), c * (width + gap)
             pixels = shown.clamp(0, 1).expand(3, -1, -1).permute(1, 2, 0)
             sheet[y : y + height, x : x + width] = pixels
     if ax is None:
-        ax = Figure(figsize=(0.8 * columns + 1.2, 0.85 * len(rows) + 0.3)).subplots()
+        size = (0.8 * columns * max(1.0, width / height) + 1.2, 0.85 * len(rows) + 0.3)
+        ax = Figure(figsize=size).subplots()
     ax.imshow(sheet.numpy(), interpolation="nearest")
     ax.set_yticks([r * (height + gap) + height / 2 for r in range(len(rows))], list(rows))
     named = list(titles or [])[:columns]
@@ -66,3 +72,108 @@ def plot_sheet(
     ax.tick_params(length=0, labelsize=8)
     ax.spines[:].set_visible(False)
     return ax
+
+
+def augmentation_sheet(
+    images: torch.Tensor | Sequence[Any],
+    policies: Mapping[str, Policy] | Sequence[Policy],
+    keys: torch.Tensor | None = None,
+    *,
+    titles: Sequence[str] | None = None,
+    columns: int = 8,
+    size: int | None = None,
+    ax: "Axes | None" = None,
+) -> "Axes":
+    """Draw what policies make of some images: the images, then a row for each policy.
+
+    Args:
+        images: A batch `(batch, channels, height, width)`, or a sequence (also a data set) of
+            tensors `(channels, height, width)`, Pillow images, or bytes of JPEG or PNG files, each
+            of any size. The first `columns` are read.
+        policies: The policies by the names of their rows; without names, those of their classes.
+        keys: LongTensor `(n,)`, one for each image that is drawn or for more; 0, 1, 2 ... by
+            default, so that a sheet can be drawn again.
+        titles: Text below each column, for instance its labels.
+        columns: How many of the images to draw, at least 1.
+        size: Images are scaled until their longer side has this many pixels, and then augmented; by
+            default up to 128, for smaller images as they are.
+        ax: Axes to draw on; a new figure by default.
+
+    Returns:
+        The axes; `axes.figure.savefig(path)` writes the picture.
+
+    Raises:
+        ImportError: If matplotlib is missing, or Pillow is and there are files to decode.
+        ValueError: If there is no image.
+
+    Example:
+        >>> from torsh_data.vision import AutoAugment, RandAugment
+        >>> images = torch.randint(0, 256, (4, 3, 16, 16), dtype=torch.uint8)
+        >>> axes = augmentation_sheet(images, [RandAugment(), AutoAugment()])
+        >>> [text.get_text() for text in axes.get_yticklabels()]
+        ['as stored', 'RandAugment', 'AutoAugment']
+    """
+    if isinstance(policies, Mapping):
+        named = dict(policies)
+    else:
+        named = {type(policy).__name__: policy for policy in policies}
+        if len(named) < len(policies):
+            raise ValueError("policies has two of one class; give them names, in a mapping")
+    count = min(columns, len(images))
+    if count < 1:
+        raise ValueError(f"columns={columns} of {len(images)} images: there is no image to draw")
+    side = 128 if size is None else size
+    shown = [_scaled(_decoded(images[k]), side, enlarge=size is not None) for k in range(count)]
+    numbers = torch.arange(count) if keys is None else as_keys(keys[:count], None, count)
+    stages: dict[str, Callable[[list[torch.Tensor], torch.Tensor], list[torch.Tensor]]] = {
+        "as stored": lambda some, _: some,
+        **named,
+    }
+    rows = {name: _framed(run(shown, numbers)) for name, run in stages.items()}
+    return plot_sheet(rows, titles=titles, columns=columns, ax=ax)
+
+
+def _unit(image: torch.Tensor) -> torch.Tensor:
+    return image.float() / 255 if image.dtype == torch.uint8 else image.float()
+
+
+def _decoded(image: object) -> torch.Tensor:
+    if isinstance(image, bytes | bytearray | memoryview):
+        try:
+            from PIL import Image
+        except ImportError as error:
+            raise ImportError(
+                "files need Pillow to be decoded: pip install 'torsh-data[vision]'"
+            ) from error
+        image = Image.open(io.BytesIO(image)).convert("RGB")
+    if is_picture(image):
+        return from_picture(cast("Any", image))
+    if not isinstance(image, torch.Tensor):
+        raise TypeError(
+            f"images holds a {type(image).__name__}; use tensors (channels, height, width), Pillow "
+            "images or bytes of image files"
+        )
+    if image.ndim != 3:
+        raise ValueError(f"images holds a tensor of shape {tuple(image.shape)}, expected 3 numbers")
+    return as_batch(image)[0].detach().cpu()
+
+
+def _scaled(image: torch.Tensor, side: int, *, enlarge: bool) -> torch.Tensor:
+    longest = max(image.shape[-2:])
+    if longest == side or (longest < side and not enlarge):
+        return image
+    shape = [max(1, round(length * side / longest)) for length in image.shape[-2:]]
+    small = torch.nn.functional.interpolate(
+        _unit(image)[None], shape, mode="bilinear", antialias=True, align_corners=False
+    )[0].clamp(0, 1)
+    return (small * 255).round().to(torch.uint8) if image.dtype == torch.uint8 else small
+
+
+def _framed(images: list[torch.Tensor]) -> torch.Tensor:
+    """All in the middle of white frames of one size."""
+    height, width = (max(image.shape[d] for image in images) for d in (1, 2))
+    frames = torch.ones(len(images), 3, height, width)
+    for frame, image in zip(frames, images, strict=True):
+        y, x = (height - image.shape[1]) // 2, (width - image.shape[2]) // 2
+        frame[:, y : y + image.shape[1], x : x + image.shape[2]] = _unit(image)
+    return frames

@@ -1,0 +1,159 @@
+import math
+
+import pytest
+import torch
+
+from torsh_data.vision._engine import apply_ops
+from torsh_data.vision._tables import (
+    AUGMIX,
+    AUTO_AUGMENT,
+    CODES,
+    OPS,
+    SIGNED,
+    TRIVIAL_AUGMENT,
+    WARPS,
+)
+
+MOVES = [name for name in OPS if name.startswith(("Shear", "Rotate"))]
+
+
+def ours(images, name, magnitude, interpolation="nearest", fill=None):
+    out = images.clone()
+    codes = torch.full((len(images),), CODES[name])
+    powers = torch.full((len(images),), magnitude, dtype=torch.float64)
+    apply_ops(out, codes, powers, fill, interpolation)
+    return out
+
+
+def cases(name, height=37, width=30):
+    """Weak and strong magnitudes of all policies, with both signs."""
+    found = {0.0}
+    for space, bins in ((AUTO_AUGMENT, 31), (TRIVIAL_AUGMENT, 31), (AUGMIX, 10)):
+        if name in space.ops:
+            row = space.magnitudes(bins, height, width)[space.ops.index(name)].tolist()
+            found |= {row[0], row[1], row[3], row[bins // 2], row[-1]}
+    return sorted(found | {-m for m in found if name in SIGNED})
+
+
+def different(a, b):
+    return (a != b).float().mean().item()
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("name", OPS)
+def test_each_operation_is_that_of_torchvision(name, channels, pictures, torchvision_op):
+    images = pictures(channels)
+    for magnitude in cases(name):
+        a, b = ours(images, name, magnitude), torchvision_op(images, name, magnitude)
+        if name in MOVES:  # a coordinate half-way between pixels may round to either
+            assert different(a, b) <= 1e-3
+        else:
+            assert torch.equal(a, b), magnitude
+    if name != "Identity" and (name, channels) != ("Color", 1):  # and it does something at all
+        assert max(different(ours(images, name, m), images) for m in cases(name)) > 0.1
+
+
+@pytest.mark.parametrize("name", sorted(WARPS))
+def test_bilinear_warps_are_within_one_level(name, pictures, torchvision_op):
+    images = pictures()
+    for magnitude in cases(name):
+        a = ours(images, name, magnitude, "bilinear").int()
+        b = torchvision_op(images, name, magnitude, "bilinear").int()
+        # one level where a sum of four products lies next to a half
+        assert (a - b).abs().max() <= 1
+        assert different(a, b) < 0.03
+
+
+@pytest.mark.parametrize("size", [(8, 11), (224, 224)])
+def test_whole_translations_are_equal_at_other_sizes(size, pictures, torchvision_op):
+    images = pictures(3, *size)[2:4]
+    for name in ("TranslateX", "TranslateY"):
+        for magnitude in (*cases(name, *size), 1.99, -300.0):
+            a, b = ours(images, name, magnitude), torchvision_op(images, name, magnitude)
+            assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("fill", [[7.0], [1.0, 200.0, 30.0]])
+@pytest.mark.parametrize("interpolation", ["nearest", "bilinear"])
+def test_fill_shows_where_there_is_no_image(fill, interpolation, pictures, torchvision_op):
+    images = pictures()
+    a = ours(images, "TranslateX", 9.0, interpolation, torch.tensor(fill).expand(3))
+    b = torchvision_op(images, "TranslateX", 9.0, interpolation, fill)
+    assert torch.equal(a, b)
+    assert torch.equal(a[0, :, 0, 0], torch.tensor(fill).expand(3).to(torch.uint8))
+
+
+def test_fill_shows_in_rotated_corners(pictures, torchvision_op):
+    images, fill = pictures(), [1.0, 200.0, 30.0]
+    a = ours(images, "Rotate", 30.0, "nearest", torch.tensor(fill))
+    assert different(a, torchvision_op(images, "Rotate", 30.0, "nearest", fill)) <= 1e-3
+    assert a[0, :, 0, 0].tolist() == fill
+
+
+def test_bilinear_borders_blend_with_the_fill_once():
+    white = torch.full((1, 1, 8, 8), 200, dtype=torch.uint8)
+    filled = ours(white, "Rotate", 20.0, "bilinear", torch.tensor([200.0]))
+    assert torch.equal(filled, white)
+    black = ours(white, "Rotate", 20.0, "bilinear", torch.tensor([0.0]))
+    assert torch.equal(black, ours(white, "Rotate", 20.0, "bilinear"))
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_floats_are_augmented_like_torchvision_does_it(name, pictures, torchvision_op):
+    images = pictures() / 255
+    for magnitude in cases(name):
+        a, b = ours(images, name, magnitude), torchvision_op(images, name, magnitude)
+        if name in MOVES:
+            assert different(a, b) <= 1e-3
+        else:  # sums in another order; a level more or less where Posterize cuts
+            apart = (a - b).abs() > 1e-5
+            assert apart.float().mean() <= (1e-3 if name == "Posterize" else 0)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (2, 5), (5, 2), (3, 3)])
+def test_tiny_images_go_through_every_operation(size, pictures, torchvision_op):
+    images = pictures(3, *size)
+    for name in OPS:
+        for magnitude in cases(name, *size):
+            done = ours(images, name, magnitude)
+            if name in MOVES:
+                continue
+            expected = torchvision_op(images, name, magnitude)
+            if name in ("Color", "Contrast"):
+                # torchvision adds the last values of an image, fewer than 16, without fusing
+                assert (done.int() - expected.int()).abs().max() <= 1
+                assert different(done, expected) < 0.02
+            else:
+                assert torch.equal(done, expected), name
+
+
+@pytest.mark.parametrize("name", OPS)
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32])
+def test_an_image_comes_out_alike_alone_and_in_a_batch(name, dtype, pictures):
+    images = pictures()
+    images = images if dtype == torch.uint8 else images.to(dtype) / 255
+    for magnitude in cases(name)[::3]:
+        for interpolation in ("nearest", "bilinear") if name in WARPS else ("nearest",):
+            whole = ours(images, name, magnitude, interpolation)
+            single = [ours(i[None], name, magnitude, interpolation) for i in images]
+            assert torch.equal(whole, torch.cat(single))
+
+
+def test_rotation_turns_counter_clockwise_as_torchvision_does():
+    image = torch.zeros(1, 1, 9, 9, dtype=torch.uint8)
+    image[0, 0, 4, 8] = 255  # to the right of the centre
+    turned = ours(image, "Rotate", 30.0)
+    row, column = divmod(turned.flatten().argmax().item(), 9)
+    assert row == 4 - round(4 * math.sin(math.radians(30)))
+    assert column == 4 + round(4 * math.cos(math.radians(30)))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", OPS)
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32])
+def test_the_gpu_computes_the_same(name, dtype, pictures):
+    images = pictures()
+    images = images if dtype == torch.uint8 else images.to(dtype) / 255
+    for magnitude in cases(name):
+        a, b = ours(images, name, magnitude), ours(images.cuda(), name, magnitude).cpu()
+        assert torch.equal(a, b), magnitude

@@ -1,0 +1,110 @@
+"""Pillow images, single tensors, batches and lists, all as batches of tensors."""
+
+import sys
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, TypeAlias
+
+import numpy as np
+import torch
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+One: TypeAlias = "torch.Tensor | Image"
+
+_KINDS = (
+    "use a Pillow image, a tensor ([batch,] channels, height, width), or a list of images or of "
+    "tensors (channels, height, width)"
+)
+
+
+def is_picture(value: object) -> bool:
+    """Whether this is a Pillow image; Pillow is not imported for it."""
+    module = sys.modules.get("PIL.Image")
+    return module is not None and isinstance(value, module.Image)
+
+
+def as_batch(images: torch.Tensor) -> torch.Tensor:
+    """The images as `(batch, channels, height, width)`, checked.
+
+    Raises:
+        TypeError: If they are neither uint8 nor floating point.
+        ValueError: If there are not 1 or 3 channels, or floats are beyond [0, 1].
+    """
+    if images.dtype != torch.uint8 and not images.is_floating_point():
+        raise TypeError(f"images has dtype {images.dtype}; use uint8, or floats in [0, 1]")
+    if images.ndim not in (3, 4) or images.shape[-3] not in (1, 3):
+        raise ValueError(
+            f"images has shape {tuple(images.shape)}, expected ([batch,] channels, height, width) "
+            "with 1 or 3 channels"
+        )
+    # on a GPU the check would wait for the device
+    if images.is_floating_point() and not images.is_cuda and images.numel():
+        low, high = images.aminmax()
+        if not (low >= 0 and high <= 1):
+            raise ValueError(
+                f"images has values from {low.item():.3g} to {high.item():.3g}; floats must be in "
+                "[0, 1], augment before normalizing"
+            )
+    return images if images.ndim == 4 else images[None]
+
+
+def from_picture(picture: "Image") -> torch.Tensor:
+    """A Pillow image of mode L or RGB as uint8 `(channels, height, width)`."""
+    if picture.mode not in ("L", "RGB"):
+        raise ValueError(
+            f"images has a Pillow image of mode {picture.mode!r}; use image.convert('RGB') or "
+            "image.convert('L')"
+        )
+    # Pillow takes channels apart and together faster than a copy with strides does
+    return torch.from_numpy(np.stack([np.asarray(channel) for channel in picture.split()]))
+
+
+def to_picture(image: torch.Tensor) -> "Image":
+    """A Pillow image of uint8 `(channels, height, width)`, with 1 or 3 channels."""
+    from PIL import Image
+
+    channels = [Image.fromarray(channel) for channel in image.contiguous().numpy()]
+    return channels[0] if len(channels) == 1 else Image.merge("RGB", channels)
+
+
+def each_of(
+    images: Sequence[One], run: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+) -> list[One]:
+    """Run a function of batches on images that may differ in kind and size.
+
+    Args:
+        images: Pillow images and tensors `(channels, height, width)`.
+        run: Gets images of one shape, dtype and device as a batch, and their places in `images`
+            `(batch,)`; gives such a batch back.
+
+    Returns:
+        The results, each of the kind of its image.
+    """
+    tensors: list[torch.Tensor] = []
+    groups: dict[tuple[object, ...], list[int]] = {}
+    for k, image in enumerate(images):
+        if isinstance(image, torch.Tensor):
+            if image.ndim != 3:
+                raise ValueError(
+                    f"images[{k}] has shape {tuple(image.shape)}; a list holds single images "
+                    "(channels, height, width)"
+                )
+            tensor = image
+        elif is_picture(image):
+            tensor = from_picture(image)
+        else:
+            raise TypeError(f"images[{k}] is a {type(image).__name__}; {_KINDS}")
+        groups.setdefault((tensor.shape, tensor.dtype, tensor.device), []).append(k)
+        tensors.append(tensor)
+    done: list[One] = list(images)
+    for places in groups.values():
+        batch = as_batch(torch.stack([tensors[k] for k in places]))
+        for k, result in zip(places, run(batch, torch.tensor(places)), strict=True):
+            done[k] = to_picture(result) if is_picture(images[k]) else result
+    return done
+
+
+def refuse(images: object) -> TypeError:
+    """What to raise for something that is no image."""
+    return TypeError(f"images is a {type(images).__name__}; {_KINDS}")
