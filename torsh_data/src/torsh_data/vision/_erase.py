@@ -7,6 +7,7 @@ import numpy.typing as npt
 import torch
 
 from torsh_data._rng import Keys, uniform
+from torsh_data.vision._ops import divided
 
 # Draws of a key, between those of the policies and of AugMix; four for each attempt at a box.
 _APPLY, _NOISE, _BOX = 1006, 1007, 1010
@@ -69,4 +70,4 @@ def erase_noise(keys: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
     bits = (uniform(start[:, None] + places, 0) * 2.0**53).long()
     total = sum(bits >> shift & 0x1FFF for shift in (0, 13, 26, 39)) - 2 * 0x1FFF
     deviation = (4 * (2.0**26 - 1) / 12) ** 0.5  # of four numbers from 0 to 2**13 - 1
-    return (torch.as_tensor(total).float() / deviation).view(images.shape)
+    return divided(torch.as_tensor(total).float(), deviation).view(images.shape)

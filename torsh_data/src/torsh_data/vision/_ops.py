@@ -35,6 +35,11 @@ def _by_channel(images: Tensor, run: Callable[[Tensor], Tensor]) -> Tensor:
     return out
 
 
+def divided(values: Tensor, divisor: float) -> Tensor:
+    """Divide with one rounding; by a number, CUDA multiplies with its inverse instead."""
+    return values / values.new_full((1,), divisor)
+
+
 def _to_dtype(values: Tensor, images: Tensor) -> Tensor:
     """Clamp to the range of `images` and convert; for uint8, cut to whole numbers."""
     values = values.clamp_(0, _bound(images))
@@ -129,7 +134,7 @@ def _sharpen(images: Tensor, factor: Tensor) -> Tensor:
     inside = values[..., 1:-1, 1:-1]
     total.add_(inside, alpha=4)
     # a 3 x 3 kernel of ones with a 5 in the middle; 13 is odd, so no quotient is near a tie
-    smooth = total.float().div_(13)
+    smooth = divided(total.float(), 13)
     smooth = smooth.round_() if whole else smooth
     center = inside.float()
     out = images.clone()
@@ -178,7 +183,7 @@ def equalize(images: Tensor) -> Tensor:
     if images.dtype != torch.uint8:
         # scaled to just below 256, so that equal shares of [0, 1] fall into each level
         levels = (images.float() * (255 + 1 - 1e-3)).to(torch.uint8)
-        return equalize(levels).to(images.dtype) / 255
+        return divided(equalize(levels).to(images.dtype), 255)
     counts = _histogram(images)
     below = counts.cumsum(2)
     brightest = counts.gather(2, below.argmax(2, keepdim=True))  # pixels of the largest value
@@ -235,7 +240,7 @@ def warp(images: Tensor, matrix: Tensor, fill: Tensor | None, interpolation: str
     if interpolation == "nearest":
         source_x, source_y = source_x + (width - 1) / 2, source_y + (height - 1) / 2
         return _nearest(images, source_x.round_(), source_y.round_(), fill)
-    grid = torch.stack((source_x / (width / 2), source_y / (height / 2)), dim=-1)
+    grid = torch.stack((divided(source_x, width / 2), divided(source_y, height / 2)), dim=-1)
     values = images.float()
     if fill is None:
         sampled = grid_sample(values, grid, mode="bilinear", align_corners=False)
