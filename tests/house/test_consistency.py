@@ -47,7 +47,7 @@ def test_no_package_brings_a_heavy_dependency_it_need_not():
     allowed = {
         "optim": {"torch"},
         "text": {"torch", "numpy", "transformers", "safetensors"},
-        "data": {"torch", "numpy", "pyarrow", "xxhash"},
+        "data": {"torch", "numpy", "pyarrow", "xxhash", "fsspec"},
         "quant": {"torch"},
         "nas": {"torch", "numpy", "scipy"},
         "dist": {"torch"},
