@@ -236,10 +236,11 @@ def test_a_lexicon_object_can_be_shared():
 
 
 def test_long_runs_take_linear_time():
-    for text in (
-        "a" * 200_000 + "@#./",
-        "a." * 100_000 + " @",
-        "/a" * 100_000,
-        "-" * 200_000 + "@x",
+    """What grows with the square of the length does not end before the timeout of the tests."""
+    for text, spans in (
+        ("a" * 200_000 + "@#./", []),
+        ("a." * 100_000 + " @", [(0, 200_000)]),
+        ("/a" * 100_000, [(0, 200_000)]),
+        ("-" * 200_000 + "@x", [(0, 200_002)]),
     ):
-        protected_spans(text, [])
+        assert protected_spans(text, []) == spans
