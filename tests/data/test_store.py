@@ -2,12 +2,15 @@
 
 import errno
 import gc
+import io
 import os
 import pickle
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import tarfile
 import threading
 import time
 import warnings
@@ -38,6 +41,10 @@ class Handler(SimpleHTTPRequestHandler):
 
     def log_message(self, *_):
         pass
+
+    def send_header(self, keyword, value):
+        if not (self.server.silent and keyword == "Last-Modified"):
+            super().send_header(keyword, value)
 
     def do_GET(self):
         server = self.server
@@ -79,6 +86,7 @@ def server(tmp_path):
     httpd = ThreadingHTTPServer(("127.0.0.1", 0), lambda *a: Handler(*a, directory=str(folder)))
     httpd.folder, httpd.url = folder, f"http://127.0.0.1:{httpd.server_port}"
     httpd.requests, httpd.asked, httpd.mutex = Counter(), Counter(), threading.Lock()
+    httpd.silent = False
     httpd.ranges, httpd.delay, httpd.fail = True, 0.0, lambda _path, _number: None
     threading.Thread(target=httpd.serve_forever, daemon=True).start()
     yield httpd
@@ -405,6 +413,52 @@ def test_what_will_be_read_is_fetched_meanwhile(server, shards, tmp_path):
     assert sum(server.requests.values()) == before
 
 
+def test_workers_forked_while_blocks_are_fetched_do_not_keep_their_locks(server, shards, tmp_path):
+    server.delay = 0.05
+    data = ShardedDataset(shards, cache_dir=tmp_path / "cache")
+    data.will_read(range(ROWS))
+    time.sleep(0.1)
+    child = os.fork()
+    if not child:
+        time.sleep(60)
+        os._exit(0)
+    try:
+        done = threading.Event()
+        threading.Thread(target=lambda: (read_all(data), done.set()), daemon=True).start()
+        assert done.wait(30), "a block's lock lives on in the other process"
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+
+
+def test_plans_of_files_that_are_gone_make_room(server, tmp_path):
+    cache = tmp_path / "cache"
+    for version in range(30):
+        lines = (f'{{"n": {n}, "version": {version}}}\n' for n in range(2000))
+        (server.folder / "a.jsonl").write_text("".join(lines))
+        os.utime(server.folder / "a.jsonl", (version, version))
+        data = ShardedDataset(server.url + "/a.jsonl", cache_dir=cache, cache_bytes="200kB")
+        assert data[1999] == {"n": 1999, "version": version}
+        del data
+        gc.collect()  # it holds its pieces until it is gone
+    assert used(cache) <= 200_000
+
+
+def test_a_file_that_changed_at_the_server_is_fetched_again(server, tmp_path):
+    url, cache = server.url + "/a.jsonl", tmp_path / "cache"
+    for number in (1, 2):
+        (server.folder / "a.jsonl").write_text(f'{{"n": {number}}}\n')
+        os.utime(server.folder / "a.jsonl", (number, number))
+        assert ShardedDataset(url, cache_dir=cache)[0] == {"n": number}
+
+
+def test_a_server_that_tells_no_version_is_named(server, tmp_path):
+    (server.folder / "a.jsonl").write_text('{"n": 1}\n')
+    server.silent = True
+    with pytest.warns(UserWarning, match=r"a.jsonl: the server tells no version of the file"):
+        ShardedDataset(server.url + "/a.jsonl", cache_dir=tmp_path / "cache")
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_an_epoch_through_the_loader_with_a_small_cache(server, shards, tmp_path, workers):
     data = ShardedDataset(shards, cache_dir=tmp_path / "cache", cache_bytes="40kB")
@@ -484,3 +538,90 @@ def test_a_piece_with_a_flipped_byte_is_made_anew(tmp_path, place):
     path.write_bytes(content)
     assert entry(Store(tmp_path, 10_000), 7).content.to_pybytes() == b"\7" * 1000
     assert module._is_whole(pa.py_buffer(path.read_bytes()))
+
+
+@pytest.fixture(scope="module")
+def s3():
+    """A server on this machine that speaks S3, with a bucket in it."""
+    pytest.importorskip("s3fs", reason="needs s3fs")
+    moto = pytest.importorskip("moto.server", reason="needs moto[server]")
+    requests = pytest.importorskip("requests")
+    server = moto.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    url = "http://{}:{}".format(*server.get_host_and_port())
+    options = {"endpoint_url": url, "key": "tester", "secret": "word"}
+    bucket = fsspec.filesystem("s3", **options)
+    bucket.mkdir("bucket")
+    yield bucket, options, lambda: requests.post(f"{url}/moto-api/reset-auth", data="0", timeout=9)
+    server.stop()
+
+
+def put(bucket, name, content):
+    with bucket.open(f"bucket/{name}", "wb") as file:
+        file.write(content)
+
+
+@pytest.mark.filterwarnings("ignore:datetime.datetime.utc:DeprecationWarning")
+def test_an_object_store_serves_shards_tar_and_json_lines(s3, tmp_path):
+    bucket, options, _ = s3
+    write_shards(map(sample, range(ROWS)), tmp_path / "set", shard_bytes="12kB", block_bytes="2kB")
+    bucket.put(str(tmp_path / "set"), "bucket/whole", recursive=True)
+    keep = {"storage_options": options, "cache_dir": tmp_path / "cache"}
+    data = ShardedDataset("s3://bucket/whole", **keep)
+    read_all(data)
+    ids = [n for batch in StreamLoader(data, 50, num_workers=2) for n in batch["label"].tolist()]
+    assert sorted(ids) == list(range(ROWS))
+
+    packed = io.BytesIO()
+    with tarfile.open(fileobj=packed, mode="w") as tar:
+        for n in range(20):
+            member = tarfile.TarInfo(f"{n:03d}.cls")
+            member.size = len(str(n))
+            tar.addfile(member, io.BytesIO(str(n).encode()))
+    put(bucket, "tars/0.tar", packed.getvalue())
+    put(bucket, "lines.jsonl", b"".join(b'{"n": %d}\n' % n for n in range(30)))
+    assert [s["cls"] for s in ShardedDataset("s3://bucket/tars/*.tar", **keep)] == list(range(20))
+    assert [s["n"] for s in ShardedDataset("s3://bucket/lines.jsonl", **keep)] == list(range(30))
+
+
+@pytest.mark.filterwarnings("ignore:datetime.datetime.utc:DeprecationWarning")
+def test_an_object_store_that_refuses_says_what_to_do(s3, tmp_path, monkeypatch):
+    bucket, options, demand_keys = s3
+    write_shards(map(sample, range(ROWS)), tmp_path / "set", shard_bytes="12kB", block_bytes="2kB")
+    bucket.put(str(tmp_path / "set"), "bucket/shrinking", recursive=True)
+    keep = {"storage_options": options, "cache_dir": tmp_path / "cache"}
+    url = "s3://bucket/shrinking"
+    with pytest.raises(FileNotFoundError, match=r"s3://nobucket/set is missing; check"):
+        ShardedDataset("s3://nobucket/set", **keep)
+    with pytest.raises(TypeError, match=r"'sekret'; is one of storage_options .*unknown"):
+        ShardedDataset(url, storage_options={**options, "sekret": 1}, cache_dir=tmp_path / "cache")
+
+    data = ShardedDataset(url, **keep)
+    assert data[0] == sample(0)
+    gone = data._shards[-1].path
+    bucket.rm(gone)
+    with pytest.raises(FileNotFoundError, match=f"{gone} is missing; it was listed when"):
+        data[ROWS - 1]
+
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_PROFILE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    nobody = {"endpoint_url": options["endpoint_url"]}
+    with pytest.raises(PermissionError, match=r"needs credentials .*storage_options"):
+        ShardedDataset(url, storage_options=nobody, cache_dir=tmp_path / "cache")
+
+    demand_keys()
+    fsspec.filesystem("s3", **options).invalidate_cache()
+    with pytest.raises(PermissionError, match=r"index\.json: the server refuses access .*right"):
+        ShardedDataset(url, **keep)
+
+
+def test_a_missing_package_for_a_url_is_named():
+    explain = files._explain_import
+    gcs = explain("gs://bucket/set", ImportError("Please install gcsfs"))
+    assert str(gcs) == "source='gs://bucket/set' needs another package: pip install gcsfs"
+    web = explain("https://host/set", ImportError("No module named 'aiohttp'"))
+    assert str(web).endswith("pip install 'torsh-data[remote]'")
+    with pytest.raises(ValueError, match="source='quux://host/set': Protocol not known: quux"):
+        ShardedDataset("quux://host/set")

@@ -39,10 +39,22 @@ _PERMANENT = (
     MemoryError,
 )
 _PASSING_STATUS = {408, 425, 429}
+_NO_CREDENTIALS = {  # by name: of packages that need not be there
+    "NoCredentialsError",
+    "PartialCredentialsError",
+    "CredentialRetrievalError",
+    "TokenRetrievalError",
+    "DefaultCredentialsError",
+    "ClientAuthenticationError",
+}
 
 
 class FetchError(OSError):
     """A remote file that could not be read, after all attempts."""
+
+
+class AccessError(FetchError, PermissionError):
+    """A remote file that the server does not let us read."""
 
 
 class DataFile(ABC):
@@ -124,7 +136,9 @@ class Remote:
             try:
                 system, path = url_to_fs(self.url, **self.options)
             except ImportError as error:
-                raise ImportError(f"source={self.url!r}: {error}") from error
+                raise _explain_import(self.url, error) from error
+            except ValueError as error:
+                raise ValueError(f"source={self.url!r}: {error}") from error
             self._made = os.getpid(), system, cast("str", path)
         return self._made
 
@@ -142,16 +156,32 @@ class Remote:
         """The URL of a path."""
         return str(self.system.unstrip_protocol(path))
 
-    def retry(self, action: Callable[[], _T], name: str) -> _T:
+    def retry(self, action: Callable[[], _T], name: str, if_missing: str = "check the URL") -> _T:
         """Do something that may fail for a while: twice as long a pause after each attempt."""
         for attempt in range(1, ATTEMPTS + 1):
             try:
                 return action()
             except _PERMANENT as error:
                 if isinstance(error, FileNotFoundError):
-                    raise FileNotFoundError(f"{name} is missing") from error
+                    raise FileNotFoundError(f"{name} is missing; {if_missing}") from error
+                if isinstance(error, PermissionError):
+                    raise AccessError(
+                        f"{name}: the server refuses access ({error}); check that the credentials "
+                        "in storage_options, or else in the environment, are right and may read it"
+                    ) from error
+                if isinstance(error, TypeError) and self.options:
+                    raise TypeError(
+                        f"{name}: {error}; is one of storage_options {sorted(self.options)} "
+                        "unknown to this file system?"
+                    ) from error
                 raise
             except Exception as error:
+                if type(error).__name__ in _NO_CREDENTIALS:
+                    raise AccessError(
+                        f"{name} needs credentials ({error}); give them in storage_options, such "
+                        "as {'key': ..., 'secret': ...} for s3://, or set them up as for the "
+                        "cloud's own tools; {'anon': True} reads public data"
+                    ) from error
                 status = getattr(error, "status", None)
                 refused = isinstance(status, int) and 400 <= status < 500
                 if refused and status not in _PASSING_STATUS:
@@ -167,6 +197,18 @@ class Remote:
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_made": None}
+
+
+def _explain_import(url: str, error: ImportError) -> ImportError:
+    from fsspec.registry import known_implementations
+
+    known = known_implementations.get(url.partition("://")[0].rpartition("::")[2], {})
+    package = str(known.get("class", "fsspec")).partition(".")[0]
+    if "aiohttp" in str(error):
+        package = "'torsh-data[remote]'"
+    if package == "fsspec":
+        return ImportError(f"source={url!r}: {error}")
+    return ImportError(f"source={url!r} needs another package: pip install {package}")
 
 
 class RemoteFile(DataFile):
@@ -214,7 +256,7 @@ class RemoteFile(DataFile):
     ) -> tuple[str, Callable[[Sink], None]]:
         def make(sink: Sink) -> None:
             for is_last in (False, True):
-                content = self.remote.retry(lambda: self._fetch(start, end), self.name)
+                content = self._retry(lambda: self._fetch(start, end))
                 damage = None if check is None else check(memoryview(content))
                 if damage is None:
                     sink.write(content)
@@ -223,6 +265,10 @@ class RemoteFile(DataFile):
                     raise RuntimeError(f"{damage} (fetched twice)")
 
         return f"{self.identity}:{start}:{end}", make
+
+    def _retry(self, action: Callable[[], _T]) -> _T:
+        listed = "it was listed when the data set was opened; put it back"
+        return self.remote.retry(action, self.name, listed)
 
     def _fetch(self, start: int, end: int) -> bytes:
         content = cast("bytes", self.remote.system.cat_file(self.path, start=start, end=end))
@@ -241,7 +287,7 @@ class RemoteFile(DataFile):
             if sink.tell() != self.size:
                 raise ConnectionError(f"came as {sink.tell()} bytes, expected {self.size}")
 
-        self.remote.retry(fetch, self.name)
+        self._retry(fetch)
 
     def open(self) -> Any:
         if not self._is_in_parts():
@@ -280,6 +326,6 @@ class _Ranges(io.RawIOBase):
         if start >= end:
             return b""
         try:
-            return file.remote.retry(lambda: file._fetch(start, end), file.name)
+            return file._retry(lambda: file._fetch(start, end))
         except _NoRangesError:
             return file.part(start, end).content.to_pybytes()

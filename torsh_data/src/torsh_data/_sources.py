@@ -2,6 +2,7 @@
 
 import glob
 import os
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -35,6 +36,11 @@ _READERS: dict[str, Callable[..., Shard]] = {
     ".ndjson": JsonlShard,
 }
 _PACKED = {".gz": "gzip", ".zst": "zstd"}
+# What fsspec's file systems call the version of a file, the surest first.
+_VERSIONS = (
+    *("ETag", "etag", "md5Hash", "content_md5", "Content-MD5", "Digest", "xet_hash", "blob_id"),
+    *("LastModified", "Last-Modified", "last_modified", "updated", "mtime", "modified", "created"),
+)
 _TOGETHER = 16  # files that are asked for at a time
 
 
@@ -199,17 +205,17 @@ class _UnpackedFile(DataFile):
 
 
 class _RemoteIndex:
-    """An index behind a URL, as far as reading it goes."""
+    """An index behind a URL, fetched at once, as far as reading it goes."""
 
     def __init__(self, remote: Remote, path: str) -> None:
-        self._remote, self._path = remote, path
+        self._name = remote.name(path)
+        self._content = remote.retry(lambda: remote.system.cat_file(path), self._name)
 
     def read_bytes(self) -> bytes:
-        remote, path = self._remote, self._path
-        return cast("bytes", remote.retry(lambda: remote.system.cat_file(path), str(self)))
+        return cast("bytes", self._content)
 
     def __str__(self) -> str:
-        return self._remote.name(self._path)
+        return self._name
 
 
 def _open_remote(urls: list[str], reading: Reading) -> tuple[list[Shard], Store]:
@@ -268,13 +274,13 @@ def _open_listed(
         info = remote.retry(lambda: remote.system.info(path), name)
     if info.get("size") is None:
         raise ValueError(f"{name}: the server does not tell the size of the file")
-    version = next(
-        (
-            str(info[key])
-            for key in ("ETag", "etag", "md5Hash", "mtime", "LastModified", "created")
-            if info.get(key)
-        ),
-        "",
-    )
+    version = next((str(info[key]) for key in _VERSIONS if info.get(key)), "")
+    if not version:
+        warnings.warn(
+            f"{name}: the server tells no version of the file (no ETag, no time of its last "
+            "change), so what the cache has of it is taken for the same as long as its size is; "
+            "give changed files another name",
+            stacklevel=2,
+        )
     file = RemoteFile(remote, store, path, int(info["size"]), version)
     return _open_file(file, None, reading, store)

@@ -10,8 +10,8 @@ process (open file description locks), so they end with their owner and cost no 
 * two bytes for each piece: one is locked by who makes it, the other is shared by those who read it;
 * one for the number of bytes in use, which is the contents of the file.
 
-Pieces that nobody has used for longest make room when the limit is reached, never one that a
-process has mapped.
+Pieces that nobody has used for longest make room when the limit is reached, those to `keep` after
+the others, and never one that a process has mapped.
 """
 
 import errno
@@ -123,7 +123,7 @@ class Store:
             key: What the piece is; other contents need another key.
             make: Writes the piece.
             size: About as many bytes as that will be.
-            keep: Never remove it to make room.
+            keep: Remove it to make room only after all others.
         """
         if os.getpid() != self._process:  # forked: the locks are those of the parent
             self._start()
@@ -244,7 +244,7 @@ class Store:
 
     def _evict(self, goal: int, at_least: int = 0) -> int:
         """Remove the pieces unused for longest until `goal` bytes are left; returns what is."""
-        found = []
+        found: list[tuple[bool, int, str, int]] = []
         total = 0
         with os.scandir(self.folder) as entries:
             for entry in entries:
@@ -254,13 +254,14 @@ class Store:
                     if entry.name != _LOCK:
                         status = entry.stat()
                         total += status.st_size
-                        if entry.name.endswith(".part"):
-                            found.append((status.st_mtime_ns, entry.name, status.st_size))
+                        kept = entry.name.endswith(".keep")
+                        if kept or entry.name.endswith(".part"):
+                            found.append((kept, status.st_mtime_ns, entry.name, status.st_size))
         if at_least:
             goal = total - at_least
         elif total > goal:
             goal -= min(self.limit // _SLACK, goal)
-        for _, name, size in sorted(found):
+        for _, _, name, size in sorted(found):
             if total <= goal:
                 break
             if self._remove(name):
@@ -274,7 +275,10 @@ class Store:
         except BlockingIOError:
             return False
         else:
-            (self.folder / name).unlink(missing_ok=True)
+            try:
+                (self.folder / name).unlink(missing_ok=True)
+            finally:
+                _unlock(descriptor, _reading_byte(name) + making)
             return True
         finally:
             os.close(descriptor)
@@ -318,7 +322,7 @@ class _Readers:
             self._counts[byte] -= 1
             if not self._counts[byte]:
                 del self._counts[byte]
-                _lock(self._descriptor, fcntl.F_UNLCK, byte, wait=True)
+                _unlock(self._descriptor, byte)
 
     def __del__(self) -> None:
         os.close(self._descriptor)
@@ -337,12 +341,20 @@ def _lock(descriptor: int, kind: int, byte: int, *, wait: bool) -> None:
     fcntl.fcntl(descriptor, fcntl.F_OFD_SETLKW if wait else fcntl.F_OFD_SETLK, request)
 
 
+def _unlock(descriptor: int, byte: int) -> None:
+    # closing is not enough: a process that was forked meanwhile holds the same open file
+    _lock(descriptor, fcntl.F_UNLCK, byte, wait=False)
+
+
 @contextmanager
 def _locked(path: Path, byte: int) -> Generator[int]:
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)  # its own: keeps threads apart, too
     try:
         _lock(descriptor, fcntl.F_WRLCK, byte, wait=True)
-        yield descriptor
+        try:
+            yield descriptor
+        finally:
+            _unlock(descriptor, byte)
     finally:
         os.close(descriptor)
 
