@@ -8,6 +8,9 @@ Keys are on in all our runs.
 """
 
 import argparse
+import importlib.metadata
+import importlib.util
+import itertools
 import json
 import os
 import platform
@@ -77,19 +80,43 @@ def copy_time(images: torch.Tensor, clock: Callable[[Callable[[], object]], floa
     return min(clock(images.clone) for _ in range(20))
 
 
+def _kornia(name: str, images: torch.Tensor) -> Callable[[], object] | None:
+    """Kornia's policy of this name: for floats, one for all images; there is no AugMix."""
+    try:
+        from kornia.augmentation import auto
+    except ImportError:
+        return None
+    made = {
+        "RandAugment": lambda: auto.RandAugment(2, 9),
+        "TrivialAugmentWide": lambda: auto.TrivialAugment(),
+        "AutoAugment": lambda: auto.AutoAugment("imagenet"),
+    }
+    if name not in made:
+        return None
+    augment, floats = made[name](), images.float() / 255
+    return lambda: augment(floats)
+
+
 def measure(name: str, images: torch.Tensor, rounds: int, transforms: object) -> dict:
     clock = device_time if images.is_cuda else host_time
     ours, theirs = getattr(vision, name)(), getattr(transforms, name)()
-    keys = torch.arange(len(images))
+    numbers = itertools.count(step=len(images))
+
+    def keys() -> torch.Tensor:
+        """Of new samples in each round, as torchvision draws anew in each."""
+        return next(numbers) + torch.arange(len(images))
+
     contenders: dict[str, Callable[[], object]] = {
-        "torsh, a policy per image": lambda: ours(images, keys),
+        "torsh, a policy per image": lambda: ours(images, keys()),
         "torchvision, image by image": lambda: [theirs(image) for image in images],
     }
     if images.is_cuda:
         contenders["torchvision, one policy per batch"] = lambda: theirs(images)
-    else:
+    if kornia := _kornia(name, images):
+        contenders["Kornia, one policy per batch, floats"] = kornia
+    if not images.is_cuda:
         pillow = [transforms.functional.to_pil_image(image) for image in images]
-        contenders["torsh, list of Pillow images"] = lambda: ours(pillow, keys)
+        contenders["torsh, list of Pillow images"] = lambda: ours(pillow, keys())
         contenders["torchvision, Pillow images"] = lambda: [theirs(image) for image in pillow]
     for run in contenders.values():
         run()
@@ -131,9 +158,45 @@ def show(name: str, measured: dict, pixels: int) -> None:
         share = 100 * measured["limit_us"] / line["median"]
         times = f"{line['median']:>9.2f}{line['lowest']:>9.2f}{line['highest']:>9.2f}"
         print(f"{contender:36}{times}{share:>9.1f}")
-    medians = [line["median"] for line in lines.values()]
-    print(f"{medians[1] / medians[0]:.2f} times torchvision image by image", end="")
-    print("" if len(medians) < 4 else f", {medians[3] / medians[2]:.2f} times with Pillow images")
+    ours = next(iter(lines.values()))["median"]
+    pictures = lines.get("torsh, list of Pillow images", {}).get("median")
+    for contender, line in lines.items():
+        if not contender.startswith("torsh"):
+            base = pictures if pictures and contender.endswith("Pillow images") else ours
+            print(f"{line['median'] / base:.2f} times the speed of {contender}")
+
+
+def as_tables(result: dict) -> dict:
+    """What is written: facts, and one row for each measurement."""
+    policies: list[dict] = []
+    operations: list[dict] = []
+    for size, measured in result["sizes"].items():
+        for policy, found in measured["policies"].items():
+            lines = found["us_per_image"]
+            ours = lines["torsh, a policy per image"]["median"]
+            pictures = lines.get("torsh, list of Pillow images", {}).get("median")
+            for contender, line in lines.items():
+                base = pictures if contender.endswith("Pillow images") else ours
+                row = {"images": size, "policy": policy, "contender": contender}
+                times = {f"{name}_us": value for name, value in line.items()}
+                share = found["limit_us"] / line["median"]
+                policies.append(row | times | {"of_copy": share, "ours": line["median"] / base})
+        operations.append({"images": size, **measured["operations"]})
+    versions = dict(result["machine"])
+    hardware = f"{versions.pop('device')}, {versions.pop('cpus')} cores"
+    note = (
+        "microseconds per image; `of_copy` is the time of as many copies as the policy has passes, "
+        "as a share of the median; `ours` is how many times faster ours is (its Pillow path beside "
+        "Pillow). Ours draws for each image, Kornia once for the whole batch and on floats."
+    )
+    return {
+        "command": f"python {result['command']}",
+        "hardware": hardware,
+        "versions": versions,
+        "note": note,
+        "us per image": policies,
+        "each operation": operations,
+    }
 
 
 def main() -> None:
@@ -150,12 +213,18 @@ def main() -> None:
     cuda = options.device == "cuda"
     torch.set_num_threads(1)
     machine = {
-        "device": torch.cuda.get_device_name() if cuda else platform.processor() or "cpu",
+        "device": torch.cuda.get_device_name() if cuda else f"{platform.machine()} CPU, one thread",
         "cpus": len(os.sched_getaffinity(0)),
         "python": platform.python_version(),
-        "torch": torch.__version__,
+        **{
+            name: importlib.metadata.version(name)
+            for name in ("torch", "torchvision", "pillow", "kornia")
+            if importlib.util.find_spec({"pillow": "PIL"}.get(name, name))
+        },
     }
     print(machine)
+    if importlib.util.find_spec("kornia") is None:
+        print("Kornia is not installed: left out")
     result = {"command": " ".join(sys.argv), "machine": machine, "sizes": {}}
     for batch, size in ((256, 32), (256 if cuda else 32, 224)):
         images = pictures(batch, size)
@@ -171,7 +240,7 @@ def main() -> None:
         each = (f"{name} {time:.1f}" for name, time in sizes["operations"].items())
         print("\neach operation: " + ", ".join(each))
     if options.json:
-        options.json.write_text(json.dumps(result, indent=1) + "\n")
+        options.json.write_text(json.dumps(as_tables(result), indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -142,7 +142,7 @@ def check_after_death(folder: Path, expected: dict[str, bytes]) -> int:
     try:
         ShardedDataset(folder)
     except (FileNotFoundError, RuntimeError) as error:
-        assert "did not finish" in str(error), error  # noqa: PT017
+        assert "did not finish" in str(error) or not folder.exists(), error  # noqa: PT017
     else:
         raise AssertionError("half of a data set was opened")
     finished = finished_rows(folder)
@@ -242,7 +242,9 @@ def workers_random(folder: Path) -> dict[str, int]:
     expected = contents(folder / "whole")
     assert [s["label"] for s in ShardedDataset(folder / "whole")] == list(range(ROWS))
     killed = {"main": 0, "worker": 0}
-    for turn in range(12):
+    for turn in range(60):
+        if min(killed.values()) >= 4:
+            break
         target = folder / "target"
         victim = "main" if turn % 2 else "worker"
         pid = child(lambda target=target: write_shards(samples, target, **options))
@@ -254,6 +256,7 @@ def workers_random(folder: Path) -> dict[str, int]:
         os.kill(prey, signal.SIGKILL)
         _, status = os.waitpid(pid, 0)
         killed["main" if prey == pid else "worker"] += status != 0
+        took *= 1 if status else 0.9  # the run to measure was slower than this one
         for name, content in contents(target).items():
             assert name.startswith(".") or content == expected[name], name
         if not (target / INDEX_NAME).exists():
@@ -295,7 +298,6 @@ def reader_random(folder: Path) -> dict[str, int]:
                     replace_file(place, json.dumps(saved).encode())
 
     os.setpgid(0, 0)
-    shared = set(map(str, Path("/dev/shm").iterdir()))
     deaths = finished = 0
     while deaths < 100:
         workers = chance.choice([0, 0, 1, 2])
@@ -317,8 +319,17 @@ def reader_random(folder: Path) -> dict[str, int]:
         time.sleep(0.05)
     for pid in orphans:  # they would keep the pipe to the test open
         os.kill(pid, signal.SIGKILL)
-    leaked = len(set(map(str, Path("/dev/shm").iterdir())) - shared)
-    return {"deaths": deaths, "finished": finished, "leaked": leaked, "orphans": len(orphans)}
+    return {"deaths": deaths, "finished": finished, "leaked": leaked(), "orphans": len(orphans)}
+
+
+def leaked() -> int:
+    """Tensors in shared memory whose process was started after this one and is gone.
+
+    Other tests of this machine have theirs; and a process that is killed while it makes a lock may
+    leave that behind, whoever asked for it.
+    """
+    makers = [int(path.name.split("_")[1]) for path in Path("/dev/shm").glob("torch_*_*")]
+    return sum(pid > os.getpid() and not Path(f"/proc/{pid}").exists() for pid in makers)
 
 
 def memory(folder: Path) -> dict[str, int]:

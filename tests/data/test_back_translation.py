@@ -5,6 +5,7 @@ import sys
 import time
 from collections import Counter
 
+import datasets
 import pytest
 import torch
 from scipy import stats
@@ -14,12 +15,13 @@ from transformers import (
     LlamaForCausalLM,
     MarianConfig,
     MarianMTModel,
+    NllbTokenizer,
     PreTrainedTokenizerFast,
     T5Config,
     T5ForConditionalGeneration,
 )
 
-from torsh_data.text import BackTranslator, Translator
+from torsh_data.text import BackTranslator, Translator, _translator
 from torsh_data.text._back_translation import similarity
 from torsh_data.text._translator import _Choice
 
@@ -293,7 +295,7 @@ def test_models_from_folders(tmp_path):
 
 def test_target_languages_are_forced():
     there, back = PAIRS["marian"]()
-    forced = Translator(there.model, there.tokenizer, source="en", target="de")
+    forced = Translator(there.model, there.tokenizer, target="de")
     translate = BackTranslator(forced, back, min_similarity=0.0, max_ratio=1e9)
     seen = []
     rows = translate._backward.rows
@@ -302,6 +304,77 @@ def test_target_languages_are_forced():
     assert all(text.split()[0] == "de" for text in seen if text)
     with pytest.raises(ValueError, match="forward: target='deu_Latn' is no token"):
         BackTranslator(Translator(there.model, there.tokenizer, target="deu_Latn"), back)
+    with pytest.raises(ValueError, match=r"source='en', but .* knows no source languages"):
+        BackTranslator(Translator(there.model, there.tokenizer, source="en"), back)
+
+
+def test_a_shared_tokenizer_reads_the_language_of_each_way():
+    model = marian()
+    words = {name: n + 8 for n, name in enumerate("abcdefgh")}
+    marks = {"<s>": 3, "<pad>": 0, "</s>": 1, "<unk>": 2, "eng_Latn": 5, "deu_Latn": 6}
+    tokenizer = NllbTokenizer(
+        vocab=marks | words, merges=[], src_lang="eng_Latn",
+        extra_special_tokens=["eng_Latn", "deu_Latn"],
+    )  # fmt: skip
+    eng, deu = tokenizer.convert_tokens_to_ids(["eng_Latn", "deu_Latn"])
+    translate = BackTranslator(
+        Translator(model, tokenizer, source="eng_Latn", target="deu_Latn"),
+        Translator(model, tokenizer, source="deu_Latn", target="eng_Latn"),
+    )
+    for _ in range(2):
+        assert translate._forward.rows(["a"])[0][0] == eng
+        assert translate._backward.rows(["a"])[0][0] == deu
+    assert tokenizer.src_lang == "eng_Latn"
+    assert tokenizer("a")["input_ids"][0] == eng
+
+
+def test_weights_are_read_once_and_again_when_they_change(tmp_path, monkeypatch):
+    reads = []
+    read = _translator._digest
+    monkeypatch.setattr(_translator, "_digest", lambda model: reads.append(model) or read(model))
+    shared = Translator(marian(), make_tokenizer())
+    translate = BackTranslator(shared, shared, cache_dir=tmp_path, min_similarity=0)
+    for text in texts(4):
+        translate(text, n=1)
+    assert len(reads) == 1
+    with torch.no_grad():
+        shared.model.final_logits_bias[0, 9] += 5
+    translate("w1", n=1)
+    assert len(reads) == 2
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_one_folder_named_twice_is_loaded_once(tmp_path):
+    one = PAIRS["marian"]()[0]
+    one.model.save_pretrained(tmp_path)
+    one.tokenizer.save_pretrained(tmp_path)
+    translate = BackTranslator(tmp_path, Translator(str(tmp_path), target="de"), device="cpu")
+    assert translate._forward.model is translate._backward.model
+
+
+def test_hugging_face_map():
+    given = texts(6)
+    translate = pair()
+    data = datasets.Dataset.from_dict({"text": given, "label": list(range(6))})
+    found = translate(given, n=2)
+    assert translate({"text": given}) == {"text": [one for made in found for one in made]}
+    mapped = data.map(translate, batched=True, batch_size=4, fn_kwargs={"n": 2})
+    assert mapped["text"][:] == [one for made in found for one in made]
+    assert mapped["label"][:] == [k for k, made in enumerate(found) for _ in made]
+    before = datasets.fingerprint.Hasher.hash(translate)
+    translate(given[:2])
+    assert datasets.fingerprint.Hasher.hash(translate) == before
+    with pytest.raises(TypeError, match="use batched=True"):
+        translate({"text": given[0], "label": 1})
+    with pytest.raises(ValueError, match="column='text'; there are"):
+        translate({"body": given})
+
+
+def test_a_low_yield_warns():
+    translate = pair(min_similarity=1.0)
+    with pytest.warns(UserWarning, match=r"0 of 12 results were kept; dropped: .*\d+ different"):
+        assert translate(texts(6), n=2) == [[]] * 6
+    assert translate(texts(6)[0], n=2) == []  # of one text no warning
 
 
 def test_texts_beyond_the_model_are_dropped_and_said():

@@ -1,3 +1,4 @@
+import datetime
 import io
 import json
 import tarfile
@@ -75,7 +76,7 @@ def test_a_stopped_conversion_goes_on_and_another_source_is_refused(tmp_path, mo
         convert(path, tmp_path / "out", **options)
     other = tmp_path / "other.csv"
     other.write_text(path.read_text())
-    with pytest.raises(ValueError, match=r"source='other.csv:\d+', but the unfinished shards"):
+    with pytest.raises(ValueError, match=r"source='other.csv:\d+:\d+', but the unfinished shards"):
         convert(other, tmp_path / "out", **options)
     convert(path, tmp_path / "out", **options)
     written = {p.name: p.read_bytes() for p in (tmp_path / "out").iterdir()}
@@ -97,7 +98,7 @@ def test_shards_are_converted_to_the_same_samples(tmp_path):
     assert list(ShardedDataset(tmp_path / "one")) == rows == list(ShardedDataset(tmp_path / "two"))
 
 
-def test_members_of_a_tar_stay_bytes(tmp_path):
+def test_pictures_in_a_tar_stay_bytes_and_numbers_are_numbers(tmp_path):
     with tarfile.open(tmp_path / "a.tar", "w") as tar:
         for name, content in (
             ("0.jpg", b"jpeg"),
@@ -110,7 +111,7 @@ def test_members_of_a_tar_stay_bytes(tmp_path):
             tar.addfile(member, io.BytesIO(content))
     convert(tmp_path / "a.tar", tmp_path / "out")
     samples = list(ShardedDataset(tmp_path / "out"))
-    assert [(s["jpg"], s["cls"]) for s in samples] == [(b"jpeg", b"7"), (b"JPEG", b"8")]
+    assert [(s["jpg"], s["cls"]) for s in samples] == [(b"jpeg", 7), (b"JPEG", 8)]
 
 
 def test_hugging_face_data_sets_in_memory_and_saved(tmp_path):
@@ -139,3 +140,84 @@ def test_what_cannot_be_converted_is_refused(tmp_path, pictures):
     with pytest.raises(ValueError, match="the folder 'empty' has no pictures"):
         convert(pictures, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def converted(tmp_path, text, suffix=".csv", **options):
+    (tmp_path / f"a{suffix}").write_text(text)
+    convert(tmp_path / f"a{suffix}", tmp_path / "out", **options)
+    return ShardedDataset(tmp_path / "out")
+
+
+def test_cells_that_are_no_plain_numbers_stay_text_and_only_empty_ones_are_null(tmp_path):
+    data = converted(tmp_path, "zip,name,day,none\n00501,NA,2020-01-01,\n01234,,2020-01-02,\n")
+    assert list(data) == [
+        {"zip": "00501", "name": "NA", "day": "2020-01-01", "none": None},
+        {"zip": "01234", "name": None, "day": "2020-01-02", "none": None},
+    ]
+    assert data.schema.field("none").type == pa.string()
+
+
+def test_a_column_is_what_all_of_its_cells_look_like(tmp_path):
+    early = "1,,1,true,1,12345678901234567\n" * 400_000
+    data = converted(tmp_path, "a,b,c,d,e,f\n" + early + f"-2,x,0.5,False,{2**63},0.5\n")
+    kinds = [pa.int64(), pa.string(), pa.float64(), pa.bool_(), pa.string(), pa.string()]
+    assert data.schema.types == kinds
+    assert data[0]["b"] is None
+    last = {"a": -2, "b": "x", "c": 0.5, "d": False, "e": str(2**63), "f": "0.5"}
+    assert data[400_000] == last
+
+
+def test_a_schema_says_otherwise(tmp_path):
+    schema = pa.schema([("zip", pa.int32()), ("day", pa.date32())])
+    data = converted(tmp_path, "zip,n,day\n00501,7,2020-01-01\n", schema=schema)
+    assert data[0] == {"zip": 501, "n": 7, "day": datetime.date(2020, 1, 1)}
+    with pytest.raises(
+        ValueError, match=r"a.csv: .*int32: invalid value 'x'; is the type that sch"
+    ):
+        convert(write(tmp_path / "a.csv", "zip,day\nx,\n"), tmp_path / "two", schema=schema)
+    with pytest.raises(ValueError, match=r"schema: no column 'zip'; there are \['n'\]"):
+        convert(write(tmp_path / "b.csv", "n\n1\n"), tmp_path / "two", schema=schema)
+    for text in ("a,a\n1,2\n", "", "a,b\n1\n"):
+        with pytest.raises(ValueError, match=r"c.csv: (two columns|Empty|CSV parse)"):
+            convert(write(tmp_path / "c.csv", text), tmp_path / "two")
+
+
+def write(path, text):
+    path.write_text(text)
+    return path
+
+
+def test_lines_with_lists_objects_and_late_fractions_are_converted(tmp_path):
+    rows = [{"ids": [n, 2], "o": {"a": [n]}, "x": n, "l": n} for n in range(1200)]
+    rows[1100] |= {"x": 0.5, "l": "late"}
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    with pytest.raises(TypeError, match=r"sample 1100: column 'l' holds str.* or a schema"):
+        converted(tmp_path, text, ".jsonl")
+    data = converted(tmp_path, text, ".jsonl", schema=pa.schema([("l", pa.json_())]))
+    assert [{**row, "ids": row["ids"].tolist()} for row in data] == rows
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".jsonl"])
+def test_a_source_that_changed_is_not_gone_on_with(tmp_path, suffix, monkeypatch):
+    def text(last):
+        line = "%d\n" if suffix == ".csv" else '{"n": %d}\n'
+        return "n\n" * (suffix == ".csv") + "".join(line % n for n in [*range(2000, 3999), last])
+
+    from torsh_data import _writer
+
+    path = write(tmp_path / f"n{suffix}", text(4000))
+    options = {"shard_bytes": "4kB", "block_bytes": "500B"}
+    finish = _writer._OpenShard.finish
+
+    def failing(shard):
+        if shard.path.name == "shard-00002.arrow":
+            raise OSError("disk full")
+        return finish(shard)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(_writer._OpenShard, "finish", failing)
+        with pytest.raises(OSError, match="disk full"):
+            convert(path, tmp_path / "out", **options)
+    write(path, text(5000))
+    with pytest.raises(ValueError, match=r"source='.*', but the unfinished shards"):
+        convert(path, tmp_path / "out", **options)

@@ -285,7 +285,7 @@ def test_a_null_among_numbers_or_tensors_is_refused_in_batches_alone(tmp_path, c
 
 
 def test_columns_that_come_as_lists_keep_their_nulls(tmp_path):
-    columns = {"t": ["a", None], "l": [[1], None], "b": [None, b"x"]}
+    columns = {"t": ["a", None], "l": [["u"], None], "b": [None, b"x"]}
     pq.write_table(pa.table(columns), tmp_path / "a.parquet")
     assert ShardedDataset(tmp_path).read_batch([0, 1]) == columns
 
@@ -339,3 +339,28 @@ def test_files_with_other_columns_are_refused(tmp_path):
         pq.write_table(pa.table({column: [1]}), tmp_path / f"{name}.parquet")
     with pytest.raises(ValueError, match=r"b.parquet has the columns y: int64, but .*x: int64"):
         ShardedDataset(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("columns", "error", "text"),
+    [
+        ([], ValueError, r"columns=\[\] leaves nothing; choose from \['n', 'm'\]"),
+        ("n", TypeError, r"columns='n' must be a list of names, such as \['n'\]"),
+        (["n", "m", "n"], ValueError, r"columns=\['n', 'm', 'n'\] has 'n' twice"),
+    ],
+)
+def test_columns_that_choose_nothing_or_twice_are_refused(tmp_path, columns, error, text):
+    pq.write_table(pa.table({"n": [1], "m": [2]}), tmp_path / "a.parquet")
+    with pytest.raises(error, match=text):
+        ShardedDataset(tmp_path, columns=columns)
+
+
+def test_a_list_may_have_folders_and_patterns(tmp_path):
+    from torsh_data import write_shards
+
+    write_shards([{"n": 1}], tmp_path / "d")
+    write_shards([{"n": 2}, {"n": 3}], tmp_path / "e")
+    data = ShardedDataset([tmp_path / "d", str(tmp_path / "e" / "*.arrow")])
+    assert [sample["n"] for sample in data] == [1, 2, 3]
+    with pytest.raises(FileNotFoundError, match=r"nothing.arrow is missing"):
+        ShardedDataset([tmp_path / "d", tmp_path / "nothing.arrow"])

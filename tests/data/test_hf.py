@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from torsh_data import ShardedDataset, StreamLoader
+from torsh_data import ShardedDataset, StreamLoader, convert
 
 datasets = pytest.importorskip("datasets")
 
@@ -112,3 +112,95 @@ def test_what_has_no_rows_at_random_is_refused(on_disk):
         ShardedDataset(on_disk.with_transform(lambda batch: batch))
     with pytest.raises(ValueError, match="but no rows"):
         ShardedDataset(on_disk.select([]))
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    from PIL import Image
+
+    paths = []
+    for n in range(4):
+        paths.append(tmp_path / f"{n}.png")
+        Image.new("RGB", (4, 4), (n, n, n)).save(paths[-1])
+    contents = [path.read_bytes() for path in paths]
+    features = datasets.Features(
+        {"image": datasets.Image(), "label": datasets.ClassLabel(names=["even", "odd"])}
+    )
+    columns = {
+        "image": [
+            {"bytes": contents[0], "path": None},
+            {"bytes": None, "path": str(paths[1])},
+            {"bytes": contents[2], "path": "elsewhere.png"},
+            None,
+        ],
+        "label": [0, 1, 0, 1],
+    }
+    return datasets.Dataset.from_dict(columns, features=features), [*contents[:3], None]
+
+
+@pytest.mark.parametrize("choice", ["all", "shuffled"])
+def test_pictures_are_bytes_and_class_labels_have_names(pictures, tmp_path, choice):
+    hub, contents = pictures
+    order = [2, 0, 3, 1] if choice == "shuffled" else [0, 1, 2, 3]
+    data = ShardedDataset(hub.select(order))
+    assert data.read_batch([0, 3])["image"] == [contents[order[0]], contents[order[3]]]
+    assert [s["image"] for s in data] == [contents[n] for n in order]
+    assert data.metadata == {"classes": ["even", "odd"]}
+    assert ShardedDataset(hub, columns=["image"]).metadata == {}
+    convert(hub.select(order), tmp_path / "out")
+    converted = ShardedDataset(tmp_path / "out")
+    assert list(converted) == list(data)
+    assert converted.metadata == {"classes": ["even", "odd"]}
+    convert(converted.files, tmp_path / "again")
+    assert ShardedDataset(tmp_path / "again").metadata == {"classes": ["even", "odd"]}
+
+
+def test_parquet_from_the_hub_is_read_alike_but_opens_no_path(pictures, tmp_path):
+    hub, contents = pictures
+    hub.to_parquet(tmp_path / "a.parquet")
+    for options in ({}, {"cache_dir": tmp_path / "cache"}):
+        data = ShardedDataset(tmp_path / "a.parquet", **options)
+        held = [s["image"] for s in data]
+        assert (held[0], held[2], held[3]) == (contents[0], contents[2], None)
+        assert data.metadata == {"classes": ["even", "odd"]}
+
+
+def test_no_path_in_a_file_is_followed(tmp_path):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    (tmp_path / "secret").write_text("secret")
+    kind = pa.struct({"bytes": pa.binary(), "path": pa.string()})
+    rows = pa.array([{"bytes": None, "path": str(tmp_path / "secret")}], kind)
+    pq.write_table(pa.table({"image": rows}), tmp_path / "a.parquet")
+    assert ShardedDataset(tmp_path / "a.parquet")[0] == {"image": None}
+
+
+def test_several_class_labels_have_their_names_by_column(tmp_path):
+    label = datasets.ClassLabel(names=["a", "b"])
+    features = datasets.Features({"coarse": label, "fine": datasets.ClassLabel(names=["c", "d"])})
+    hub = datasets.Dataset.from_dict({"coarse": [0], "fine": [1]}, features=features)
+    expected = {"classes": {"coarse": ["a", "b"], "fine": ["c", "d"]}}
+    assert ShardedDataset(hub).metadata == expected
+    assert ShardedDataset(hub, columns=["fine"]).metadata == {"classes": ["c", "d"]}
+
+
+def test_folders_of_save_to_disk_are_read(on_disk, tmp_path):
+    small = on_disk.select(range(20))
+    small.save_to_disk(tmp_path / "one")
+    assert [s["n"] for s in ShardedDataset(tmp_path / "one")] == list(range(20))
+    datasets.DatasetDict({"train": small, "test": small}).save_to_disk(tmp_path / "both")
+    with pytest.raises(ValueError, match=r"DatasetDict with \['train', 'test'\]; .*both/train'"):
+        ShardedDataset(tmp_path / "both")
+
+
+def test_large_record_batches_are_shuffled_in_small_pieces():
+    labels = np.repeat(np.arange(100), 500)
+    hub = datasets.Dataset.from_dict({"label": labels.tolist(), "n": list(range(50_000))})
+    data = ShardedDataset(hub)
+    assert data.block_rows <= 1024
+    loader = StreamLoader(data, 256, window=25_000)
+    batch = next(iter(loader))
+    assert len(set(batch["label"].tolist())) > 50  # of one window in a piece it was 1 or 2
+    assert (batch["label"] == batch["n"] // 500).all()
+    assert [s["n"] for s in data] == list(range(50_000))

@@ -50,14 +50,26 @@ def test_columns_become_tensors_or_lists_by_their_type(tmp_path):
     assert (batch["s"], batch["l"]) == (["2", "0"], [[2, 2], []])
 
 
-def test_a_whole_number_among_floats_is_one_and_a_float_among_ints_is_refused(tmp_path):
+def test_one_fraction_anywhere_makes_a_column_of_numbers_one_of_floats(tmp_path):
     data = ShardedDataset(write(tmp_path / "a.jsonl", [{"x": 1}, {"x": 0.5}]))
     assert data.read_batch([0, 1])["x"].tolist() == [1.0, 0.5]
     found = [{"x": n} for n in range(1500)] + [{"x": 0.5}]
     data = ShardedDataset(write(tmp_path / "a.jsonl", found))
     assert data[1500] == {"x": 0.5}
-    with pytest.raises(ValueError, match="column 'x' holds float and int in one batch"):
-        data.read_batch([0, 1500])
+    assert data.read_batch([1, 2])["x"].dtype == torch.float64  # whichever lines they are
+    assert data.read_batch([1, 1500])["x"].tolist() == [1.0, 0.5]
+    inner = [{"x": n, "o": {"x": 0.5}, "t": '"x": 0.5'} for n in range(1500)]
+    data = ShardedDataset(write(tmp_path / "a.jsonl", inner))
+    assert data.read_batch([0, 1500 - 1])["x"].dtype == torch.int64
+
+
+@pytest.mark.parametrize("name", ["a.b (c)", "größe", 'a"b', "*"])
+@pytest.mark.parametrize("number", ["1e3", "-0.5", "NaN", "-Infinity"])
+def test_a_late_fraction_is_found_under_any_name(tmp_path, name, number):
+    line = json.dumps({name: 1}) + "\n"
+    late = json.dumps({name: 1}, ensure_ascii=False).replace(" 1}", f"\t{number} }}") + "\n"
+    (tmp_path / "a.jsonl").write_text(line * 1200 + late + line * 10)
+    assert ShardedDataset(tmp_path).read_batch([0])[name].dtype == torch.float64
 
 
 def test_shards_with_other_keys_are_one_data_set(tmp_path):

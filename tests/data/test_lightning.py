@@ -1,5 +1,7 @@
 """A real Trainer saves and restores the stream by itself."""
 
+import warnings
+
 import lightning
 import pytest
 import torch
@@ -9,9 +11,21 @@ from torsh_data import StreamLoader
 ROWS, BATCH = 40, 4
 
 
+def trains(test):
+    for ignored in (
+        ":lightning.fabric.utilities.warnings.PossibleUserWarning",
+        ".*:UserWarning:lightning.*",
+        ":DeprecationWarning",
+        ":FutureWarning",
+    ):
+        test = pytest.mark.filterwarnings(f"ignore:{ignored}")(test)
+    return pytest.mark.slow(test)
+
+
 class Recorder(lightning.LightningModule):
-    def __init__(self, stop_after=None):
+    def __init__(self, stop_after=None, validate=False):
         super().__init__()
+        self.validated = [] if validate else None
         self.layer = torch.nn.Linear(1, 1)
         self.seen = []
         self.stop_after = stop_after
@@ -28,18 +42,22 @@ class Recorder(lightning.LightningModule):
     def validation_step(self, batch, _):
         self.log("loss", self.layer(batch["x"]).square().mean())
 
+    def on_validation_end(self):
+        if self.validated is not None and not self.trainer.sanity_checking:
+            self.validated.append(len(self.seen))
+
     def configure_optimizers(self):
         return torch.optim.SGD(self.parameters(), lr=0.01)
 
 
-def stream():
+def stream(batch_size=BATCH):
     samples = [{"x": torch.tensor([float(n)])} for n in range(ROWS)]
-    return StreamLoader(samples, BATCH, seed=3)
+    return StreamLoader(samples, batch_size, seed=3)
 
 
-def fit(folder, module, ckpt_path=None):
+def fit(folder, module, ckpt_path=None, batch_size=BATCH, **options):
     trainer = lightning.Trainer(
-        max_epochs=3,
+        **{"max_epochs": 3, **options},
         accelerator="cpu",
         default_root_dir=str(folder),
         logger=False,
@@ -47,15 +65,14 @@ def fit(folder, module, ckpt_path=None):
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    trainer.fit(module, stream(), ckpt_path=ckpt_path)
+    loaders = (
+        (stream(batch_size), stream()) if module.validated is not None else (stream(batch_size),)
+    )
+    trainer.fit(module, *loaders, ckpt_path=ckpt_path)
     return module.seen
 
 
-@pytest.mark.slow
-@pytest.mark.filterwarnings("ignore::lightning.fabric.utilities.warnings.PossibleUserWarning")
-@pytest.mark.filterwarnings("ignore:.*:UserWarning:lightning.*")
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
-@pytest.mark.filterwarnings("ignore::FutureWarning")
+@trains
 @pytest.mark.parametrize("stop", [3, 10, 14])
 def test_a_trainer_resumes_on_the_exact_batch(tmp_path, stop):
     unbroken = fit(tmp_path, Recorder())
@@ -69,11 +86,7 @@ def test_a_trainer_resumes_on_the_exact_batch(tmp_path, stop):
     assert begun + resumed == unbroken
 
 
-@pytest.mark.slow
-@pytest.mark.filterwarnings("ignore::lightning.fabric.utilities.warnings.PossibleUserWarning")
-@pytest.mark.filterwarnings("ignore:.*:UserWarning:lightning.*")
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
-@pytest.mark.filterwarnings("ignore::FutureWarning")
+@trains
 def test_a_checkpoint_after_validation_goes_on_with_the_next_epoch(tmp_path):
     """Lightning restores no loader's state from such a checkpoint, only the number of epochs."""
 
@@ -96,3 +109,32 @@ def test_a_checkpoint_after_validation_goes_on_with_the_next_epoch(tmp_path):
     begun, checkpoint = run(1, "begun")
     resumed, _ = run(3, "resumed", checkpoint)
     assert begun + resumed == unbroken
+
+
+@trains
+@pytest.mark.parametrize("batch_size", [4, 2, 1])
+def test_a_trainer_resumes_with_smaller_batches(tmp_path, batch_size):
+    begun = fit(tmp_path, Recorder(stop_after=3))
+    module = Recorder(validate=True)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        resumed = fit(tmp_path, module, tmp_path / "stop.ckpt", batch_size)
+    warned = [str(w.message) for w in caught if "will not validate" in str(w.message)]
+    assert len(warned) == (batch_size != BATCH)
+    left = (ROWS - 12) // batch_size
+    assert sorted(n for batch in begun + resumed[:left] for n in batch) == list(range(ROWS))
+    assert len(resumed) == left + 2 * (ROWS // batch_size)
+    epochs = [left, left + ROWS // batch_size, len(resumed)]
+    assert module.validated == (epochs if batch_size == BATCH else epochs[1:])
+
+
+@trains
+def test_larger_batches_of_which_a_trainer_would_leave_some_out_are_refused(tmp_path):
+    fit(tmp_path, Recorder(stop_after=3))
+    with pytest.raises(ValueError, match=r"lose the last 1 batches.*go on with at most 4 "):
+        fit(tmp_path, Recorder(), tmp_path / "stop.ckpt", 8)
+    begun = torch.load(tmp_path / "stop.ckpt", weights_only=True)
+    state = begun["loops"]["fit_loop"]["state_dict"]["combined_loader"][0]
+    plain = stream(8)
+    plain.load_state_dict(state)  # a plain loop counts nothing
+    assert sum(len(batch["index"]) for batch in plain) == 24  # and 4 that fill no batch of 8

@@ -210,6 +210,41 @@ def test_a_rank_without_a_part_of_the_rest_moves_on_like_the_others(data, world)
     assert sorted(n for each in loaders for n in ids(each)) == list(range(ROWS))
 
 
+@pytest.mark.parametrize("world", [2, 4])
+def test_a_rank_without_a_part_of_the_rest_does_not_save_it_away(data, world):
+    part = Subset(data, range(44 * 4 + world - 1))
+    loaders = ranks(part, world, 11, drop_last=False, window="2GB")
+    steps = len(part) // (world * 11)
+    seen = take(loaders, steps)
+    states = [each.state_dict() for each in loaders]
+    assert all(state == states[0] for state in states)
+    resumed = ranks(part, 3, 7, states[-1], drop_last=False, window="2GB")
+    rest = [n for each in resumed for n in ids(each)]
+    assert sorted(seen + rest) == list(range(len(part)))
+    assert [each.epoch for each in resumed] == [1, 1, 1]
+    # a Trainer does not ask for more than len(): the next loop is the next epoch all the same
+    assert [len(each) for each in loaders] == [steps + 1] * (world - 1) + [steps]
+    assert loaders[-1].epoch == 0
+    next(iter(loaders[-1]))
+    assert loaders[-1].epoch == 1
+
+
+def test_a_state_counts_the_batches_of_its_epoch(data):
+    begun = loader(data, 8)
+    for count, _ in enumerate(itertools.islice(begun, 10), 1):
+        assert begun.state_dict()["batches"] == count
+    resumed = loader(data, 4)
+    resumed.load_state_dict(begun.state_dict())
+    next(iter(resumed))
+    assert resumed.state_dict()["batches"] == 11
+    assert len(resumed) == len(loader(data, 4))
+    resumed.load_state_dict({**resumed.state_dict(), "batches": 7})
+    resumed.skip(2)
+    assert resumed.state_dict()["batches"] == 9
+    resumed.set_epoch(9)
+    assert resumed.state_dict()["batches"] == 0
+
+
 def test_the_epoch_ends_before_its_last_batch_is_handed_over(data):
     stream = loader(data)
     iterator = iter(stream)
@@ -255,6 +290,13 @@ def test_loading_a_state_cuts_off_the_running_iterator(data):
     assert stream.state_dict()["position"] == 80
 
 
+@pytest.mark.parametrize("value", [1.5, -1, True, "2"])
+def test_epochs_and_batches_are_counts(data, value):
+    for move in (loader(data).set_epoch, loader(data).skip):
+        with pytest.raises(ValueError, match="must be a whole number, at least 0"):
+            move(value)
+
+
 @pytest.mark.parametrize("skipped", [0, 3, 24, 25, 26, 60])
 def test_skipping_leaves_out_batches_across_epochs(data, skipped):
     stream = loader(data)
@@ -265,6 +307,17 @@ def test_skipping_leaves_out_batches_across_epochs(data, skipped):
     while stream.epoch < 3:
         left += ids(stream)
     assert left == everything[skipped * 8 :]
+
+
+def test_set_epoch_begins_an_epoch_that_was_left_anew(data):
+    stream = loader(data)
+    for _ in range(2):
+        stream.set_epoch(0)
+        first = next(iter(stream))
+        assert torch.equal(first["index"], next(iter(loader(data)))["index"])
+    stream.skip(3)
+    stream.set_epoch(0)
+    assert stream.state_dict()["position"] == 32
 
 
 def test_set_epoch_keeps_the_place_in_the_current_epoch(data):
@@ -280,7 +333,9 @@ def test_set_epoch_keeps_the_place_in_the_current_epoch(data):
 def test_the_state_is_small_plain_and_quick(data):
     stream = loader(data, epoch=10**9)
     state = stream.state_dict()
-    assert list(state) == ["version", "epoch", "position", "seed", "window", "fingerprint"]
+    places = ["version", "epoch", "position", "batches", "seed", "window", "fingerprint"]
+    assert list(state) == [*places, "errors"]
+    assert state["errors"] == ""
     assert len(json.dumps(state)) < 500
     assert torch.load(_saved(state), weights_only=True) == state
 

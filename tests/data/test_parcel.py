@@ -16,6 +16,7 @@ BATCH = {
     "text": ["a", "b"],
     "mixed": [b"a", "b"],
     "none": [],
+    "rows": [torch.arange(3), torch.arange(0), torch.arange(5)],
     "inner": {"x": torch.ones(2)},
 }
 
@@ -28,6 +29,9 @@ def test_what_was_packed_comes_back(name):
         assert back.dtype == value.dtype
         assert torch.equal(back, value)
         back.add_(1)  # the receiver owns it
+    elif name == "rows":
+        assert [row.tolist() for row in back] == [row.tolist() for row in value]
+        assert back[1].dtype == torch.int64
     elif name == "inner":
         assert torch.equal(back["x"], value["x"])
     else:

@@ -1,6 +1,8 @@
 import gc
 import itertools
 import json
+import subprocess
+import sys
 import threading
 from collections import OrderedDict, deque, namedtuple
 from dataclasses import dataclass, field
@@ -276,6 +278,133 @@ def test_an_iterator_that_is_dropped_or_closed_ends_its_thread():
     assert list(other) == []
 
 
+class Tenfold(StreamLoader):
+    """Its batches are not those that a StreamLoader draws."""
+
+    def __iter__(self):
+        for batch in super().__iter__():
+            yield {**batch, "x": batch["x"] * 10}
+
+
+class Around:
+    """A wrapper that passes all on but the batches."""
+
+    def __init__(self, loader):
+        self.loader = loader
+
+    def __getattr__(self, name):
+        return getattr(self.loader, name)
+
+    def __iter__(self):
+        for batch in self.loader:
+            yield {**batch, "x": batch["x"] * 10}
+
+
+class Artist:
+    """A loader with a `_draw` that has nothing to do with ours."""
+
+    def _draw(self, canvas):
+        raise NotImplementedError
+
+    def __iter__(self):
+        return iter([{"x": torch.tensor([[10.0]])}])
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: Tenfold(samples(), BATCH, seed=3),
+        lambda: Around(stream()),
+        Artist,
+        lambda: DevicePrefetcher(stream(), "cpu", transform=lambda b: {**b, "x": b["x"] * 10}),
+    ],
+    ids=["subclass", "wrapper", "another's _draw", "a prefetcher"],
+)
+def test_batches_are_those_that_iterating_the_loader_gives(make):
+    expected = [batch["x"] for batch in make()]
+    assert all(x[0, 0] == 0 or x.max() >= 10 for x in expected)
+    got = [batch["x"] for batch in DevicePrefetcher(make(), "cpu", depth=2)]
+    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+
+
+@pytest.mark.parametrize("stop", [3, 10, 13])
+@pytest.mark.parametrize(
+    "make",
+    [lambda: Tenfold(samples(), BATCH, seed=3), lambda: DevicePrefetcher(stream(), "cpu", depth=3)],
+    ids=["subclass", "a prefetcher"],
+)
+def test_a_loader_with_its_own_iteration_resumes_exactly(make, stop):
+    ahead, begun = DevicePrefetcher(make(), "cpu", depth=3), []
+    while len(begun) < stop:
+        begun += ids(itertools.islice(ahead, stop - len(begun)))
+    resumed = DevicePrefetcher(make(), "cpu")
+    resumed.load_state_dict(ahead.state_dict())
+    while len(begun) < 20:
+        begun += ids(resumed)
+    assert begun == unbroken(2)
+
+
+def test_leaving_early_leaves_the_permits_unused():
+    """It waits for the batch that the loader is at, not for `depth` of them."""
+    drawn, go_on = [], threading.Event()
+
+    def source():
+        for n in range(20):
+            drawn.append(n)
+            yield torch.tensor(n)
+            go_on.wait(10)
+
+    iterator = iter(DevicePrefetcher(Once(source), "cpu", depth=8))
+    next(iterator)
+    threading.Timer(0.05, go_on.set).start()
+    iterator.close()
+    assert len(drawn) <= 2
+
+
+def test_leaving_early_while_the_transform_works_draws_no_more():
+    drawn, at_work, go_on = [], threading.Event(), threading.Event()
+
+    def source():
+        for n in range(20):
+            drawn.append(n)
+            yield torch.tensor(n)
+
+    def transform(batch):
+        if batch == 1:
+            at_work.set()
+            go_on.wait(10)
+        return batch
+
+    iterator = iter(DevicePrefetcher(Once(source), "cpu", depth=8, transform=transform))
+    next(iterator)
+    assert at_work.wait(10)
+    threading.Timer(0.05, go_on.set).start()
+    iterator.close()
+    assert drawn == [0, 1]
+
+
+_HANGS = """
+import itertools, time, torch
+from torsh_data import DevicePrefetcher, _prefetch
+_prefetch._PATIENCE = 0.2
+class Hangs:
+    def __iter__(self):
+        yield torch.zeros(1)
+        time.sleep(600)
+iterator = iter(DevicePrefetcher(Hangs(), "cpu"))
+next(iterator)
+print("the loop has failed")
+"""
+
+
+def test_a_loader_that_hangs_does_not_keep_the_program():
+    done = subprocess.run(
+        [sys.executable, "-c", _HANGS], capture_output=True, text=True, timeout=100, check=True
+    )
+    assert done.stdout == "the loop has failed\n"
+    assert done.stderr == ""
+
+
 class Counting:
     """A loader with a state, but none of ours."""
 
@@ -471,6 +600,31 @@ def test_on_a_gpu_the_loop_does_not_wait_and_nothing_is_pinned_anew(forbid_synch
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("transform", [None, lambda batch: {**batch, "x": batch["x"] + 0}])
+def test_on_a_gpu_the_keys_of_a_stream_stay_on_the_host(forbid_synchronisation, transform):
+    expected = list(stream())
+    prefetcher = DevicePrefetcher(stream(), "cuda", transform=transform)
+    table = torch.arange(ROWS, device="cuda") * 10
+    looked_up, keys = [], []
+    list(prefetcher)
+    prefetcher.set_epoch(0)
+    with forbid_synchronisation():
+        for batch in prefetcher:
+            assert list(batch) == ["x", "key", "index"]
+            assert batch["key"].device.type == "cpu"
+            keys += batch["key"].tolist()
+            looked_up.append(table[batch["index"]])  # on the device, where the table is
+    assert keys == [k for batch in expected for k in batch["key"].tolist()]
+    assert torch.cat(looked_up).tolist() == [10 * n for row in ids(expected) for n in row]
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_columns_called_key_of_other_loaders_move_like_all():
+    batches = DevicePrefetcher([{"key": torch.arange(3)}], "cuda")
+    assert all(batch["key"].is_cuda for batch in batches)
+
+
+@pytest.mark.gpu
 def test_on_a_gpu_memory_is_bounded_though_the_host_runs_ahead():
     size = 32 << 20
 
@@ -489,3 +643,15 @@ def test_on_a_gpu_memory_is_bounded_though_the_host_runs_ahead():
     torch.cuda.synchronize()
     # depth + 1 batches, one that is let go of while its work runs, and the products
     assert torch.cuda.max_memory_allocated() - before < 5 * size + 4 * busy.nbytes
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_a_rank_without_a_part_of_the_rest_ends_its_epoch_when_the_loop_does(world):
+    samples = [{"x": n} for n in range(4 * world * 3 + world - 1)]
+    for rank in range(world):
+        loader = StreamLoader(samples, 4, rank=rank, world_size=world, drop_last=False)
+        prefetcher = DevicePrefetcher(loader, "cpu", depth=3)
+        for count, _ in enumerate(prefetcher, 1):
+            assert prefetcher.state_dict()["epoch"] == (count == 4)
+        assert count == len(prefetcher) == 4 - (rank == world - 1)
+        assert (loader.epoch, prefetcher.state_dict()["position"]) == (1, 0)

@@ -118,7 +118,7 @@ def test_more_files_than_a_process_may_open(tmp_path):
 def test_a_mapping_lives_as_long_as_its_bytes(tmp_path):
     path = tmp_path / "a"
     path.write_bytes(bytes(range(256)) * 100)
-    part = map_file(path)[256:512]
+    part = map_file(path).buffer()[256:512]
     assert part.to_pybytes() == bytes(range(256))
     assert str(path) in Path("/proc/self/maps").read_text()
     del part
@@ -138,7 +138,7 @@ def status(name):
         return next(int(l.split()[1]) * 1024 for l in file if l.startswith(name))
 paths, options = json.loads(sys.argv[1])
 data = ShardedDataset(paths, **options)
-for _ in StreamLoader(data, 16, window=64, drop_last=False):
+for _ in StreamLoader(data, 16, shuffle=False, drop_last=False):
     break
 headroom = int(sys.argv[2])
 limit = status("VmData") + headroom
@@ -213,3 +213,45 @@ def test_an_epoch_takes_no_more_memory_than_it_may(tmp_path, kind):
     found = json.loads(done.stdout)
     assert found["bytes"] > 10 * headroom
     assert found["grown"] < headroom
+
+
+# All that the process allocates is limited, from its start on. What it maps is the page cache's,
+# but the kernel's tables of it are not, so they are counted, too.
+WHOLLY_LIMITED = """
+import json, resource, sys
+import torch
+from torsh_data import ShardedDataset, StreamLoader
+def status(*names):
+    with open("/proc/self/status") as file:
+        return sum(int(l.split()[1]) * 1024 for l in file if l.split(":")[0] in names)
+torch.set_num_threads(1)
+data = ShardedDataset(sys.argv[1])
+limit = status("VmData") + (160 << 20)
+resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
+rows, used = 0, []
+for batch in StreamLoader(data, 64, window="64MB", rank=0, world_size=1):
+    rows += len(batch["index"])
+    used.append(status("RssAnon", "VmPTE"))
+late = len(used) * 3 // 4  # when as many blocks are open as may be
+print(json.dumps({
+    "limit": limit, "bytes": data.nbytes, "lost": len(data) - rows,
+    "grown": max(used[late:]) - max(used[:late]), "in all": max(used) - used[0],
+}))
+"""
+
+
+@pytest.mark.slow
+def test_memory_is_flat_over_ten_times_the_limit_of_the_process(tmp_path):
+    source = links(tmp_path / "set", make_format("arrow", tmp_path), 2400)  # 38 GB in 16 MB of disk
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", WHOLLY_LIMITED, source],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "MALLOC_ARENA_MAX": "2"},
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["bytes"] > 10 * found["limit"], found
+    assert found["lost"] < 64
+    assert found["grown"] < 8 << 20, found
+    assert found["in all"] < 192 << 20, found

@@ -23,8 +23,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 
-from torsh_data import ShardedDataset, StreamLoader, write_shards
+from torsh_data import Mixture, ShardedDataset, StreamLoader, write_shards
 from torsh_data import _files as files
 from torsh_data import _store as module
 from torsh_data._store import Store
@@ -411,6 +412,29 @@ def test_what_will_be_read_is_fetched_meanwhile(server, shards, tmp_path):
     before = sum(server.requests.values())
     assert data.__getitems__(range(300)) == [sample(n) for n in range(300)]
     assert sum(server.requests.values()) == before
+
+
+@pytest.mark.parametrize("kind", ["mixture", "subset", "both"])
+def test_remote_parts_of_a_data_set_are_told_what_will_be_read(server, shards, tmp_path, kind):
+    data = ShardedDataset(shards, cache_dir=tmp_path / "cache")
+    far = torch.utils.data.Subset(data, range(100, 500))
+    near = [sample(n) for n in range(100)]
+    whole = {
+        "mixture": Mixture({"far": (data, 1.0), "near": (near, 1.0)}, epoch_size=800),
+        "subset": far,
+        "both": torch.utils.data.ConcatDataset([near, far]),
+    }[kind]
+    told = []
+    data.will_read = lambda ids: told.append(np.array(ids))
+    loader = StreamLoader(whole, 20, seed=1, drop_last=False)
+    seen = [batch["index"] for batch in loader]
+    ids = np.concatenate([index.numpy() for index in seen])
+    expected = {
+        "mixture": lambda: [r for name, r in whole.locate(ids) if name == "far"],
+        "subset": lambda: (ids + 100).tolist(),
+        "both": lambda: [n for n in ids.tolist() if n >= 100],
+    }[kind]()
+    assert [n for n in told[0].tolist() if n in expected] == expected
 
 
 def test_workers_forked_while_blocks_are_fetched_do_not_keep_their_locks(server, shards, tmp_path):

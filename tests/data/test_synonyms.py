@@ -154,8 +154,8 @@ def test_seeds():
 
 def test_few_and_many_draw_the_same_numbers():
     keys = np.random.default_rng(0).integers(-(2**63), 2**63, 100)
-    for key, draw in zip(keys, draws(keys), strict=True):
-        (alone,) = draws(np.array([key]))
+    for key, draw in zip(keys, draws(keys, 24), strict=True):
+        (alone,) = draws(np.array([key]), 24)
         expected = [uniform(np.array([key]), n)[0] for n in range(40)]
         assert [draw() for _ in range(40)] == expected == [alone() for _ in range(40)]
     texts = [f"text {n}" for n in range(50)]
@@ -244,3 +244,25 @@ def test_long_runs_take_linear_time():
         ("-" * 200_000 + "@x", [(0, 200_002)]),
     ):
         assert protected_spans(text, []) == spans
+
+
+def test_a_tagger_restricts_the_senses():
+    def tags(words):  # after "to" or "they" stands a verb, after "the" a noun
+        kinds = {"to": "v", "they": "v", "the": "n"}
+        return [kinds.get(before, "") for before in ["", *words[:-1]]]
+
+    text = "they start to plant at the plant, the Answer to START"
+    plain = SynonymReplacer(1.0, stop_words=["to", "the", "they", "at"])
+    tagged = SynonymReplacer(1.0, stop_words=["to", "the", "they", "at"], pos_tagger=tags)
+    assert "works at the works" in plain(text)
+    found = {tagged(text, keys=[key]) for key in range(20)}
+    assert found == {
+        f"they {one} to plant at the works, the Answer to {other}"
+        for one in ("begin", "commence")
+        for other in ("BEGIN", "COMMENCE")
+    }
+    own = SynonymReplacer(1.0, TABLE, pos_tagger=lambda words: ["n"] * len(words))
+    assert own("big cat") == "large feline"  # a table without parts of speech serves all
+    for wrong in (["n"], ["n", "NN"]):
+        with pytest.raises(ValueError, match=r"pos_tagger gave . tags \['n'.*\] for 2 words"):
+            SynonymReplacer(1.0, TABLE, pos_tagger=lambda words, wrong=wrong: wrong)("big cat")

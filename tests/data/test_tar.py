@@ -9,7 +9,8 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from torsh_data import ShardedDataset, StreamLoader
+from torsh_data import ShardedDataset, StreamLoader, convert
+from torsh_data._braces import expand
 from torsh_data._tar import read_members
 
 KINDS = [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT]
@@ -240,6 +241,52 @@ def test_two_members_of_one_name_are_refused(tmp_path):
     make_tar(tmp_path / "a.tar", [("a.txt", b"1"), ("a.TXT", b"2")])
     with pytest.raises(ValueError, match="sample 'a' has two members 'txt'"):
         ShardedDataset(tmp_path)
+
+
+def test_members_of_a_sample_that_are_apart_are_refused(tmp_path):
+    make_tar(tmp_path / "a.tar", [("a.txt", b"1"), ("b.txt", b"2"), ("a.cls", b"3")])
+    with pytest.raises(ValueError, match=r"'a.cls' is not beside the other members of its sample"):
+        ShardedDataset(tmp_path)
+
+
+def test_files_stay_bytes_beside_decoded_labels(tmp_path):
+    array = npy(np.zeros(3))
+    members = [("a.jpg", b"j"), ("a.cls", b"9"), ("a.txt", b"t"), ("a.json", b"[1]")]
+    make_tar(tmp_path / "a.tar", [*members, ("a.npy", array), ("a.pth", b"p")])
+    expected = {"jpg": b"j", "cls": 9, "txt": "t", "json": [1], "npy": array, "pth": b"p"}
+    data = ShardedDataset(tmp_path / "a.tar", decode="files")
+    assert data[0] == {"__key__": "a", **expected}
+    assert data.read_batch([0])["cls"].tolist() == [9]
+    convert(tmp_path / "a.tar", tmp_path / "out")
+    assert ShardedDataset(tmp_path / "out")[0] == {"__key__": "a", **expected}
+    with pytest.raises(ValueError, match="decode='text'; use 'torch', 'files' or 'bytes'"):
+        ShardedDataset(tmp_path / "a.tar", decode="text")
+
+
+def test_braces_name_many_files(tmp_path):
+    for n in (9, 10, 11):
+        make_tar(tmp_path / f"a-{n:03}.tar", [(f"{n}.cls", str(n).encode())])
+    make_tar(tmp_path / "b.tar", [("b.cls", b"0")])
+    data = ShardedDataset(str(tmp_path / "a-{009..011}.tar"))
+    assert [s["cls"] for s in data] == [9, 10, 11]
+    assert len(ShardedDataset(str(tmp_path / "{a-010,b}.tar"))) == 2
+    with pytest.raises(FileNotFoundError, match=r"a-012.tar' does not exist"):
+        ShardedDataset(str(tmp_path / "a-{009..012}.tar"))
+
+
+@pytest.mark.parametrize(
+    ("pattern", "names"),
+    [
+        ("a.tar", ["a.tar"]),
+        ("{8..10}", ["8", "9", "10"]),
+        ("{08..10}", ["08", "09", "10"]),
+        ("x{a,b}-{0..1}y", ["xa-0y", "xa-1y", "xb-0y", "xb-1y"]),
+        ("{a}{}", ["{a}{}"]),
+        ("s3://b/{0..1}", ["s3://b/0", "s3://b/1"]),
+    ],
+)
+def test_braces_are_those_of_shells(pattern, names):
+    assert expand(pattern) == names
 
 
 def test_truncation_anywhere_is_noticed(tmp_path):

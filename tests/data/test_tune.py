@@ -6,9 +6,11 @@ import pytest
 import torch
 from torch.utils.data import default_collate
 
+from torsh_data import _trials as trials
 from torsh_data import _tune as module
 from torsh_data._machine import usable_cpus, usable_memory
-from torsh_data._tune import LoaderPlan, Trial, tune_workers
+from torsh_data._trials import Bench, Trial
+from torsh_data._tune import LoaderPlan, tune_workers
 
 
 class Sleepy:
@@ -69,18 +71,26 @@ def test_the_fewest_workers_that_are_nearly_the_fastest_are_chosen():
     def trial(count, speed, kind="process"):
         return Trial(count, kind, speed, 1.0, 0)
 
-    reasons = {"process": "processes", "thread": "threads"}
+    limits = {"process": "no more processes", "thread": "no more threads"}
 
     def choose(*trials):
-        chosen, why = module._choose(list(trials), reasons)
+        chosen, why = module._choose(list(trials), limits)
         return chosen.num_workers, chosen.workers, why
 
     here = trial(0, 100.0)
     assert choose(here, trial(1, 45.0), trial(2, 50.0))[0] == 0  # twice as fast in the loop
     assert "no workers: they reach 50%" in choose(here, trial(1, 45.0), trial(2, 50.0))[2]
-    assert choose(here, trial(1, 80.0), trial(2, 81.0)) == (1, "process", "processes")
+    assert choose(here, trial(1, 49.9))[0] == 0
+    assert choose(here, trial(1, 50.1))[0] == 1  # not twice as fast
+    assert choose(here, trial(1, 80.0), trial(2, 81.0))[:2] == (1, "process")
+    assert choose(here, trial(1, 80.0), trial(2, 81.0))[2] == "not more: 2 workers bring +1%"
+    assert choose(here, trial(1, 80.0), trial(2, 90.0))[2] == "no more processes"
+    assert choose(here) == (0, "process", "no workers: none could be tried")
     assert choose(here, trial(1, 100.0), trial(2, 300.0), trial(4, 305.0))[0] == 2
-    assert choose(here, trial(2, 300.0), trial(2, 310.0, "thread"))[1:] == ("thread", "threads")
+    assert choose(here, trial(2, 300.0), trial(2, 310.0, "thread"))[1:] == (
+        "thread",
+        "no more threads",
+    )
 
 
 def test_memory_and_ranks_are_respected(monkeypatch):
@@ -95,19 +105,97 @@ def test_memory_and_ranks_are_respected(monkeypatch):
     assert "a share for one of 8 ranks" in str(shared)
 
 
+class Computes:
+    """Reading takes a processor's time."""
+
+    def __len__(self):
+        return 256
+
+    def __getitem__(self, n):
+        begun = time.thread_time()
+        while time.thread_time() - begun < 0.002:
+            pass
+        return {"x": torch.zeros(8), "n": n}
+
+
+def tune_by(monkeypatch, dataset, rates, **options):
+    """The plan if trials bring these rates."""
+
+    def measure(self, count, kind, seconds):
+        return Trial(count, kind, rates[count], 0.0, 1000)
+
+    monkeypatch.setattr(Bench, "measure", measure)
+    monkeypatch.setattr(module, "usable_cpus", lambda: 8.0)
+    return tune_workers(dataset, 8, **{"budget_s": 2.0} | options)
+
+
 def test_trials_end_at_the_knee(monkeypatch):
     """More workers that bring nothing are not tried further."""
-    rates = {1: 100.0, 2: 190.0, 4: 200.0, 8: 900.0}
-    monkeypatch.setattr(
-        module._Bench,
-        "measure",
-        lambda self, count, kind, seconds: Trial(count, kind, rates[count], 0.1, 1000),
-    )
-    monkeypatch.setattr(module, "usable_cpus", lambda: 8.0)
-    plan = tune_workers(Sleepy(0.01), 8, budget_s=5)
-    assert [t.num_workers for t in plan.trials] == [0, 1, 2, 4, 1, 2, 4]
+    rates = {1: 1000.0, 2: 1900.0, 4: 2000.0, 8: 9000.0}
+    plan = tune_by(monkeypatch, Computes(), rates)
+    assert [(t.num_workers, t.workers[0]) for t in plan.trials[1:]] == [
+        (1, "p"), (1, "t"), (2, "p"), (2, "t"), (4, "p"), (4, "t")
+    ]  # fmt: skip
     assert plan.num_workers == 2  # within 5 % of the four
-    assert "not more: 4 workers bring +5%" in str(plan)
+    assert plan.reason == "not more: 4 workers bring +5%"
+
+
+def test_where_reading_waits_the_most_workers_are_tried_first(monkeypatch):
+    """They do not stand in each other's way, so fewer bring less, and one such trial shows it."""
+    plan = tune_by(monkeypatch, Sleepy(0.01), {1: 100.0, 2: 200.0, 4: 400.0, 8: 800.0})
+    assert [(t.num_workers, t.workers[0]) for t in plan.trials[1:]] == [
+        (1, "t"), (1, "p"), (8, "t"), (8, "p"), (4, "t"), (4, "p")
+    ]  # fmt: skip
+    assert (plan.num_workers, plan.workers) == (8, "thread")
+    assert plan.reason == "not more: there are 8 processors for this rank"
+    narrow = tune_by(monkeypatch, Sleepy(0.01), {1: 100.0, 2: 300.0, 4: 305.0, 8: 310.0})
+    assert narrow.num_workers == 2
+    assert narrow.reason == "not more: 4 workers bring +2%"
+
+
+def test_what_the_budget_leaves_out_is_named(monkeypatch):
+    plan = tune_by(monkeypatch, Sleepy(0.05), {1: 10.0}, budget_s=0.05)
+    assert [t.num_workers for t in plan.trials] == [0]
+    assert plan.reason == (
+        "no workers: none could be tried; not tried, as budget_s=0.05 was too little: "
+        "1 thread, 8 thread, 4 thread, 2 thread, 1 process, 8 process, 4 process, 2 process"
+    )
+
+
+def test_slow_samples_are_tried_in_small_batches(monkeypatch):
+    """A batch of 128 would take longer than all of the budget."""
+    monkeypatch.setattr(module, "usable_cpus", lambda: 2.0)
+    plan = tune_workers(Sleepy(0.02), 128, budget_s=2)
+    assert {t.num_workers for t in plan.trials} == {0, 1, 2}
+    assert plan.trials[0].samples_per_s <= 50  # a sleep is never shorter
+    bench = Bench(Sleepy(0.02), 128, None, probe_s=0.05)
+    here = bench.stages(0.2)
+    assert 1 <= bench.probe <= 2
+    assert here.waits
+    assert here.batch_bytes == 128 * (32 + 8 + 16)  # x, n, key and index
+    fast = Bench([{"x": n} for n in range(256)], 128, None, probe_s=1.0)
+    assert not fast.stages(0.1).waits
+    assert fast.probe == 128
+
+
+def test_the_end_of_a_trial_is_no_part_of_its_rate(monkeypatch):
+    """Leaving a loader waits for the batches that its workers are at."""
+
+    class Loader:
+        def __init__(self, *_, **__):
+            pass
+
+        def __iter__(self):
+            try:
+                while True:
+                    time.sleep(0.005)
+                    yield None
+            finally:
+                time.sleep(0.5)
+
+    monkeypatch.setattr(trials, "StreamLoader", Loader)
+    trial = Bench(Sleepy(), 1, None, probe_s=1.0).measure(2, "thread", 0.1)
+    assert 60 < trial.samples_per_s <= 200  # 30 with the end
 
 
 def test_the_plan_is_frozen():

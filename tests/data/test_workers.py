@@ -1,5 +1,11 @@
 import itertools
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
 import threading
+import time
 
 import pytest
 import torch
@@ -75,3 +81,57 @@ def test_an_error_comes_at_its_batch():
 def test_refuses_another_kind():
     with pytest.raises(ValueError, match="workers='fibre'; use 'process' or 'thread'"):
         StreamLoader(Numbers(), 5, seed=0, workers="fibre")
+
+
+class Slow(torch.utils.data.Dataset):
+    def __len__(self):
+        return 1000
+
+    def __getitem__(self, index):
+        time.sleep(0.002)
+        return {"x": index}
+
+
+def test_an_interrupt_is_for_the_main_process_alone():
+    """Ctrl-C reaches all processes; workers that went at once would leave the others waiting."""
+    expected = [b["index"].tolist() for b in StreamLoader(Numbers(), 5, rank=0, world_size=1)]
+    received = []
+    for batch in StreamLoader(Numbers(), 5, num_workers=2, rank=0, world_size=1):
+        if len(received) == 2:  # both workers have begun
+            for worker in multiprocessing.active_children():
+                os.kill(worker.pid, signal.SIGINT)
+        received.append(batch["index"].tolist())
+    assert received == expected
+
+
+INTERRUPTED = """
+import sys
+from test_workers import Slow
+from torch.utils.data import Subset
+from torsh_data import DevicePrefetcher, StreamLoader
+kind, through = sys.argv[1:]
+loader = StreamLoader(Subset(Slow(), range(900)), 4, num_workers=2, workers=kind)
+for batch in DevicePrefetcher(loader, "cpu") if through == "prefetcher" else loader:
+    print("batch", flush=True)
+"""
+
+
+@pytest.mark.parametrize("kind", ["process", "thread"])
+@pytest.mark.parametrize("through", ["loader", "prefetcher"])
+def test_ctrl_c_shows_one_traceback(kind, through):
+    loop = subprocess.Popen(
+        [sys.executable, "-c", INTERRUPTED, kind, through],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        env={**os.environ, "PYTHONPATH": ":".join([os.path.dirname(__file__), *sys.path])},  # noqa: PTH120
+    )
+    with loop:
+        loop.stdout.readline()
+        loop.stdout.readline()
+        os.killpg(loop.pid, signal.SIGINT)
+        _, errors = loop.communicate(timeout=60)
+    assert loop.returncode == -signal.SIGINT
+    assert errors.count("Traceback") == 1, errors
+    assert errors.rstrip().endswith("KeyboardInterrupt")

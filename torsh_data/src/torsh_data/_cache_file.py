@@ -14,10 +14,10 @@ import os
 import struct
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from multiprocessing import reduction
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -100,17 +100,18 @@ class CacheFile:
         os.pwrite(self._descriptor, _MAGIC, 0)
 
     # The counters: 0 bytes taken, 1 bytes that the file system has promised, 2 cells given out,
-    # 3 whether a warning about the size was given, from 8 on hits and misses of each process.
+    # 3 and 4 whether warnings were given, from 8 on hits and misses of each process.
 
     @property
     def used(self) -> int:
         """Bytes that records take, those of killed writers included."""
         return int(self._counters[0])
 
-    def warn_once(self) -> bool:
+    def warn_once(self, about: Literal["structure", "room"]) -> bool:
         """Whether the caller is the first of all processes to ask."""
-        first = not self._counters[3]
-        self._counters[3] = 1
+        cell = 3 if about == "structure" else 4
+        first = not self._counters[cell]
+        self._counters[cell] = 1
         return first
 
     def count(self, hits: int, misses: int) -> None:
@@ -238,15 +239,18 @@ class CacheFile:
 
     def recover(self) -> None:
         """Put a file that no other process has open in order, after a crash of the machine."""
-        for row in np.argsort(self.places)[::-1].tolist():
-            if not self.places[row]:
-                break
+        for row in self._from_the_end():
             body = self.read(row)
             if body is not None:  # the last record that is whole: room is free behind it
                 end = int(self.places[row]) + 64 + len(body) - self._begin
                 self._counters[0] = max(self.used, -(-end // 64) * 64)
                 break
         self._counters[1] = 0  # the promise is asked for anew, which costs nothing where it holds
+
+    def _from_the_end(self) -> Iterator[int]:
+        yield int(self.places.argmax())  # as a rule it is whole, and nothing has to be sorted
+        stored = np.flatnonzero(self.places)
+        yield from map(int, stored[self.places[stored].argsort()[::-1]])
 
     def close(self) -> None:
         """Let go of the file; arrays and records of it must not be used any more."""

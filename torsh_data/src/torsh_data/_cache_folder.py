@@ -7,10 +7,12 @@ a file whose companion can be locked for oneself alone has no user left.
 import fcntl
 import logging
 import os
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from torsh_data._cache_file import CacheFile
 
@@ -30,9 +32,10 @@ def open_shared(
     Args:
         folder: Where it is.
         key: Of the samples.
-        description: To write into a new file.
+        description: To write into a new file, with the limit that was `asked` for.
         rows: Number of samples.
-        limit: Bytes that they may take.
+        limit: Bytes that they may take. A file that others use keeps its own, and one that holds
+            more keeps what it holds.
         keep: False removes files without a user first.
 
     Returns:
@@ -41,10 +44,12 @@ def open_shared(
     path = folder / file_name(key)
     with _gate(folder):
         if not keep:
-            _remove_stale(folder, path)
+            for stale in _abandoned(folder):
+                if stale != path:
+                    _remove(stale)
         users = os.open(_companion(path), os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
         alone = _lock_alone(users)
-        file = _open_existing(path, limit, alone)
+        file = _open_existing(path, description, limit, alone)
         if file is None:
             temporary = path.with_suffix(".tmp")
             temporary.unlink(missing_ok=True)
@@ -66,16 +71,39 @@ def join(path: Path) -> int:
     return users
 
 
-def peek(folder: Path, key: str) -> dict[str, Any] | None:
-    """The description of a file that is there."""
+def peek(folder: Path, key: str) -> tuple[dict[str, Any], int, int] | None:
+    """Of a file that is there: its description, samples and bytes that they take."""
     path = folder / file_name(key)
     with suppress(FileNotFoundError, ValueError):
         file = CacheFile(_open_own(path), path=path)
         try:
-            return file.description
+            return file.description, int(np.count_nonzero(file.places)), file.used
         finally:
             file.close()
     return None
+
+
+def abandoned(folder: Path) -> dict[Path, int]:
+    """Files of this user whose processes are gone, with the bytes that they take.
+
+    That of a killed process cannot be removed by it. Files that are to be kept are such files too,
+    so this is for folders that have none: /dev/shm.
+    """
+    if not any(folder.glob(f"torsh-samples-{os.getuid()}-*")):
+        return {}
+    with _gate(folder):
+        return {path: path.stat().st_blocks * 512 for path in _abandoned(folder)}
+
+
+def remove_abandoned(folder: Path) -> int:
+    """Remove the files that `abandoned` names; returns the bytes that this gives back."""
+    found = abandoned(folder)
+    if not found:
+        return 0
+    with _gate(folder):
+        for path in _abandoned(folder):
+            _remove(path)
+    return sum(found.values())
 
 
 def leave(path: Path, users: int, *, keep: bool) -> None:
@@ -88,7 +116,9 @@ def leave(path: Path, users: int, *, keep: bool) -> None:
     os.close(users)
 
 
-def _open_existing(path: Path, limit: int, alone: bool) -> CacheFile | None:
+def _open_existing(
+    path: Path, description: dict[str, Any], limit: int, alone: bool
+) -> CacheFile | None:
     if not path.exists():
         return None
     try:
@@ -102,8 +132,9 @@ def _open_existing(path: Path, limit: int, alone: bool) -> CacheFile | None:
     if not alone:
         return file
     file.recover()
-    if file.limit != limit and limit >= file.used:
-        described, rows = file.description, file.rows
+    limit, asked = max(limit, file.used), {"asked": description["asked"]}
+    if file.limit != limit or not asked.items() <= file.description.items():
+        described, rows = file.description | asked, file.rows
         file.close()
         file = CacheFile(_open_own(path), described, rows, limit, path)
     return file
@@ -142,15 +173,23 @@ def _lock_alone(descriptor: int) -> bool:
     return True
 
 
-def _remove_stale(folder: Path, wanted: Path) -> None:
+def _abandoned(folder: Path) -> Iterator[Path]:
+    """Files without a user; the caller holds the gate."""
     for path in sorted(folder.glob(f"torsh-samples-{os.getuid()}-*")):
         if path.suffix == ".tmp":  # a maker holds the gate, so this one was killed
-            path.unlink(missing_ok=True)
-        if path.suffix != ".cache" or path == wanted:
+            yield path
+        if path.suffix != ".cache":
             continue
         users = os.open(_companion(path), os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
-        if _lock_alone(users):
-            logger.info("removing %s, whose processes are gone", path)
-            path.unlink(missing_ok=True)
-            _companion(path).unlink(missing_ok=True)
-        os.close(users)
+        try:
+            if _lock_alone(users):
+                yield path
+        finally:
+            os.close(users)
+
+
+def _remove(path: Path) -> None:
+    logger.info("removing %s, whose processes are gone", path)
+    path.unlink(missing_ok=True)
+    if path.suffix == ".cache":
+        _companion(path).unlink(missing_ok=True)

@@ -5,22 +5,37 @@ too. Arrow has no bfloat16 and packs booleans into bits; tensors of these are st
 the same width with the true dtype in the field's metadata.
 """
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import torch
 
-Array: TypeAlias = npt.NDArray[Any]
-Value: TypeAlias = Any  # what a column holds: int, float, bool, str, bytes, Tensor
+from torsh_data._numbers import (
+    Array,
+    as_numpy,
+    encode_number_lists,
+    is_number_list,
+    is_plain_number,
+    number_list_getter,
+)
+
+Value: TypeAlias = Any  # what a column holds: int, float, bool, str, bytes, Tensor, list
 Getter: TypeAlias = Callable[[int], Value]
 
 _DTYPE = b"torsh.dtype"
 _STORED_AS = {torch.bfloat16: (torch.uint16, b"bfloat16"), torch.bool: (torch.uint8, b"bool")}
 HOLDS_TENSORS = {b"torsh.holds": b"tensors"}  # a field whose bytes are decoded to tensors
 _RESTORED = {name: dtype for dtype, (_, name) in _STORED_AS.items()}
+_SCALARS: tuple[tuple[type | tuple[type, ...], pa.DataType], ...] = (
+    (bool, pa.bool_()),
+    (int, pa.int64()),
+    (float, pa.float64()),
+    (str, pa.string()),
+    ((bytes, bytearray, memoryview), pa.binary()),
+)
 
 
 def infer_schema(sample: Mapping[str, Value]) -> pa.Schema:
@@ -47,20 +62,41 @@ def _infer_field(name: str, value: Value) -> pa.Field:
             ) from None
         kind = pa.fixed_shape_tensor(numbers, list(tensor.shape))
         return pa.field(name, kind, nullable=False, metadata={_DTYPE: dtype} if dtype else None)
-    value = value.item() if isinstance(value, (np.generic, np.ndarray, torch.Tensor)) else value
-    for types, kind in (
-        (bool, pa.bool_()),
-        (int, pa.int64()),
-        (float, pa.float64()),
-        (str, pa.string()),
-        ((bytes, bytearray, memoryview), pa.binary()),
-    ):
-        if isinstance(value, types):
-            return pa.field(name, kind, nullable=False)
+    kind = _infer_list(name, value) if isinstance(value, (list, tuple)) else _scalar_kind(value)
+    if kind is not None:
+        return pa.field(name, kind, nullable=False)
+    if value is None:
+        raise TypeError(
+            f"column {name!r} is None in the first sample, which does not say its type; give "
+            f"schema=pa.schema([({name!r}, pa.int64()), ...]), whose columns may hold None"
+        )
     raise TypeError(
         f"column {name!r} holds {type(value).__name__}; a column holds tensors of one shape, int, "
-        "float, bool, str or bytes"
+        "float, bool, str or bytes, or lists of one of these"
     )
+
+
+def _scalar_kind(value: Value) -> pa.DataType | None:
+    value = value.item() if isinstance(value, (np.generic, np.ndarray, torch.Tensor)) else value
+    return next((kind for types, kind in _SCALARS if isinstance(value, types)), None)
+
+
+def _infer_list(name: str, values: Sequence[Value]) -> pa.DataType:
+    if not values:
+        raise ValueError(
+            f"column {name!r} holds empty lists alone in the first samples, which do not say its "
+            f"type; give schema=pa.schema([({name!r}, pa.list_(pa.int64())), ...])"
+        )
+    kinds = {_scalar_kind(value) for value in values}
+    if kinds == {pa.int64(), pa.float64()}:
+        kinds = {pa.float64()}
+    if len(kinds) > 1 or None in kinds:
+        held = " and ".join(sorted({type(value).__name__ for value in values}))
+        raise TypeError(
+            f"column {name!r} holds lists of {held}; a list holds int, float, bool, str or bytes, "
+            "all alike, or give a schema"
+        )
+    return pa.list_(pa.field("item", kinds.pop(), nullable=False))
 
 
 def _as_tensor(name: str, value: Array | torch.Tensor) -> torch.Tensor:
@@ -82,20 +118,58 @@ def encode(field: pa.Field, values: Sequence[Value], first: int) -> pa.Array:
     if isinstance(field.type, pa.FixedShapeTensorType):
         return _encode_tensors(field, values, first)
     for k, value in enumerate(values):
-        if not (value is None and field.nullable) and not _fits(field.type, value):
+        if value is None and not field.nullable:
             raise TypeError(
-                f"sample {first + k}: column {field.name!r} holds {type(value).__name__}, but the "
+                f"sample {first + k}: column {field.name!r} is None, but the column is "
+                f"{field.type} without nulls; give schema=, whose columns may hold None"
+            )
+        if value is not None and not _fits(field.type, value):
+            raise TypeError(
+                f"sample {first + k}: column {field.name!r} holds {_type_name(value)}, but the "
                 f"column is {field.type}; give every sample the type of the first, or a schema"
             )
-    held = (np.generic, np.ndarray, torch.Tensor)
-    plain = [value.item() if isinstance(value, held) else value for value in values]
     try:
+        if is_number_list(field.type):
+            return encode_number_lists(field, values, first)
+        held = (np.generic, np.ndarray, torch.Tensor)
+        plain = [value.item() if isinstance(value, held) else value for value in values]
+        if isinstance(field.type, pa.JsonType):
+            plain = [None if value is None else json.dumps(value) for value in plain]
         return pa.array(plain, field.type)
-    except (pa.ArrowInvalid, OverflowError) as error:
+    except UnicodeEncodeError as error:
+        number = first + next(k for k, value in enumerate(values) if not _is_utf8(value))
+        raise ValueError(
+            f"sample {number}: column {field.name!r} holds text with "
+            f"{error.object[error.start]!r}, half of a surrogate pair, which UTF-8 cannot hold; "
+            "mend it, such as with text.encode('utf-8', 'replace').decode()"
+        ) from error
+    except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError) as error:
         raise ValueError(f"column {field.name!r}, samples from {first} on: {error}") from error
 
 
+def _is_utf8(value: Value) -> bool:
+    try:
+        pa.array([value])
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _type_name(value: Value) -> str:
+    if not isinstance(value, (list, tuple)):
+        return type(value).__name__
+    return "lists of " + " and ".join(sorted({type(item).__name__ for item in value}))
+
+
 def _fits(kind: pa.DataType, value: Value) -> bool:
+    if is_number_list(kind):
+        return True  # its own encoder looks
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind):
+        is_list = isinstance(value, (list, tuple))
+        may_be_none = kind.value_field.nullable
+        return is_list and all(
+            may_be_none if item is None else _fits(kind.value_type, item) for item in value
+        )
     if isinstance(value, (np.ndarray, torch.Tensor)):
         if value.ndim:
             return False
@@ -127,11 +201,21 @@ def _encode_tensors(field: pa.Field, values: Sequence[Value], first: int) -> pa.
             raise ValueError(
                 f"sample {first + k}: column {field.name!r} holds {found}, but the column is "
                 f"{dtype} of shape {shape}; a tensor column has one dtype and shape"
+                + _remedy_for_rows(field, value)
             )
         block[k] = tensor.view(stored)
     flat = pa.array(block.numpy().reshape(-1), field.type.value_type)
     return pa.ExtensionArray.from_storage(
         field.type, pa.FixedSizeListArray.from_arrays(flat, type=field.type.storage_type)
+    )
+
+
+def _remedy_for_rows(field: pa.Field, value: Value) -> str:
+    if len(field.type.shape) != 1 or getattr(value, "ndim", 0) != 1:
+        return ""
+    kind = f"pa.list_(pa.{field.type.value_type}())"
+    return (
+        f"; for rows of any length give schema=pa.schema([({field.name!r}, {kind}), ...]), or lists"
     )
 
 
@@ -165,15 +249,23 @@ def getter(field: pa.Field, array: pa.Array) -> tuple[Getter, Array | None]:
         if array.null_count:
             return _sparse_getter(storage, shape, dtype), None
         return _tensor_getter(storage, shape, dtype)
+    if is_number_list(kind):
+        return number_list_getter(array), None
+    if isinstance(kind, pa.JsonType):
+        return (lambda row: _from_json(array[row].as_py())), None
     if array.null_count:
         return (lambda row: array[row].as_py()), None
-    if _is_plain_number(kind):
+    if is_plain_number(kind):
         return _number_getter(array), None
     wide = pa.types.is_large_string(kind) or pa.types.is_large_binary(kind)
     if wide or pa.types.is_string(kind) or pa.types.is_binary(kind):
         is_text = pa.types.is_string(kind) or pa.types.is_large_string(kind)
         return _bytes_getter(array, "q" if wide else "i", is_text), None
     return (lambda row: array[row].as_py()), None
+
+
+def _from_json(text: str | None) -> Value:
+    return None if text is None else json.loads(text)
 
 
 def collated_kind(field: pa.Field) -> torch.dtype | type[torch.Tensor] | None:
@@ -190,24 +282,11 @@ def collated_kind(field: pa.Field) -> torch.dtype | type[torch.Tensor] | None:
     if isinstance(kind, pa.FixedShapeTensorType):
         return torch.Tensor if kind.permutation is None else None
     is_row = pa.types.is_fixed_size_list(kind) and kind.list_size > 0
-    return torch.Tensor if is_row and _is_plain_number(kind.value_type) else None
-
-
-def _is_plain_number(kind: pa.DataType) -> bool:
-    return (pa.types.is_integer(kind) or pa.types.is_floating(kind)) and kind != pa.float16()
+    return torch.Tensor if is_row and is_plain_number(kind.value_type) else None
 
 
 def _number_getter(array: pa.Array) -> Getter:
-    return _as_numpy(array).data.__getitem__
-
-
-def _as_numpy(array: pa.Array) -> Array:
-    """Numbers without nulls, where they lie. `to_numpy` would import pandas, for a second."""
-    data = array.buffers()[1]
-    dtype = np.dtype(array.type.to_pandas_dtype())
-    if data is None:
-        return np.empty(0, dtype)
-    return np.frombuffer(data, dtype, len(array), array.offset * dtype.itemsize)
+    return as_numpy(array).data.__getitem__
 
 
 def _bytes_getter(array: pa.Array, code: Literal["i", "q"], is_text: bool) -> Getter:
@@ -230,7 +309,7 @@ def _tensor_getter(
     storage: pa.Array, shape: tuple[int, ...], dtype: torch.dtype | None
 ) -> tuple[Getter, Array | None]:
     # flatten() honours the offset of a sliced array, `values` does not
-    rows = _as_numpy(storage.flatten()).reshape(len(storage), *shape)
+    rows = as_numpy(storage.flatten()).reshape(len(storage), *shape)
     view = None if dtype is None or dtype not in _STORED_AS else dtype
 
     def get(row: int) -> torch.Tensor:

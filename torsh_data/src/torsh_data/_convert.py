@@ -1,18 +1,29 @@
 """Other formats to shards."""
 
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import xxhash
 
 from torsh_data._claim import refuse_finished
 from torsh_data._dataset import ShardedDataset
 from torsh_data._feed import SampleFeed
+from torsh_data._files import DataFile
 from torsh_data._images import ImageTree, is_image_tree
+from torsh_data._mds import MdsFolder, is_mds
+from torsh_data._schemas import retyped
+from torsh_data._shards import IndexedShard
 from torsh_data._writer import Compression, Layout, write
 
+_PICTURES = pa.schema(
+    [
+        pa.field("image", pa.binary(), nullable=False),
+        pa.field("label", pa.int64(), nullable=False),
+    ]
+)
 _DELIMITERS = {".csv": ",", ".tsv": "\t"}
 
 
@@ -21,6 +32,9 @@ def convert(
     out: str | os.PathLike[str],
     *,
     columns: Sequence[str] | None = None,
+    schema: pa.Schema | None = None,
+    classes: Sequence[str] | None = None,
+    skip_broken: bool = False,
     shard_bytes: str | int = "256MB",
     block_bytes: str | int = "4MB",
     compression: Compression = None,
@@ -39,18 +53,31 @@ def convert(
         source: One of
 
             - a folder of folders of pictures: the columns are `image` (bytes) and `label` (the
-              number of the folder in sorted order); the names are `metadata["classes"]`;
-            - a `.csv` or `.tsv` file with a line of names; types come from the first megabyte;
+              number of the folder in sorted order); the names are `metadata["classes"]`. The
+              beginning and end of each file are checked before anything is written;
+            - a `.csv` or `.tsv` file with a line of names. A column all of whose cells are whole
+              numbers, numbers or true and false has that type; 00501, dates and all else stay text.
+              Empty cells are null;
+            - a folder that MosaicML Streaming wrote (MDS): pictures stay the bytes of their files,
+              JSON stays text, arrays of one shape become tensors; pickles are refused;
             - a `datasets.Dataset`, or a folder that its `save_to_disk` wrote;
-            - all else that `ShardedDataset` reads: Arrow, Parquet, WebDataset tar (members stay
-              bytes), JSON lines, as a folder, pattern, list or URL.
+            - all else that `ShardedDataset` reads: Arrow, Parquet, WebDataset tar (pictures
+              and arrays stay bytes), JSON lines, as a folder, pattern, list or URL.
         out: As for `write_shards`, like all that follows.
         columns: Names of the columns to keep; all by default.
+        schema: Arrow types of the columns that are to have others than they would, such as
+            `pa.schema([("zip", pa.string()), ("day", pa.date32())])`.
+        classes: For folders of pictures: the names in the order of their labels, the sorted folders
+            by default. Give the splits of a data set those of the first one, so that a folder that
+            one of them lacks does not move the labels of the others.
+        skip_broken: For folders of pictures: leave out, with a warning, files that are empty, cut
+            short or no pictures, instead of refusing them.
         shard_bytes: Size at which a shard is closed.
         block_bytes: Size of a block.
         compression: Compress the blocks.
-        shuffle_seed: Write the samples in a random order; not for CSV. Worth it where classes lie
-            together, if the data set will be read with a window much smaller than itself.
+        shuffle_seed: Write the samples in a random order; not for CSV or compressed MDS. Worth it
+            where classes lie together, if the data set will be read with a window much smaller
+            than itself.
         metadata: Kept in the index as JSON.
         num_workers: Processes that read and write, each its share; not for CSV.
         resume: False discards the shards of a conversion that was stopped.
@@ -72,14 +99,21 @@ def convert(
     """
     layout = Layout.of(shard_bytes, block_bytes, compression)
     refuse_finished(Path(out))
-    feed, identity, known = _open(source, columns, shuffle_seed)
+    if classes is not None or skip_broken:
+        _refuse_all_but_pictures(source, classes)
+    feed, identity, known = _open(source, columns, schema, shuffle_seed, classes, skip_broken)
     plan = {"shuffle_seed": shuffle_seed, "source": identity}
     kept = {**known, **(metadata or {})}
     write(feed, out, layout, plan, kept, num_workers, resume, progress)
 
 
 def _open(
-    source: Any, columns: Sequence[str] | None, shuffle_seed: int | None
+    source: Any,
+    columns: Sequence[str] | None,
+    schema: pa.Schema | None,
+    shuffle_seed: int | None,
+    classes: Sequence[str] | None,
+    skip_broken: bool,
 ) -> tuple[SampleFeed, str, dict[str, Any]]:
     """The samples, what tells the source from another, and metadata that it comes with."""
     path = Path(source) if isinstance(source, (str, os.PathLike)) else None
@@ -89,53 +123,49 @@ def _open(
                 f"shuffle_seed={shuffle_seed} needs random access, and {str(path)!r} has none; "
                 "convert it as it is, then convert the result with shuffle_seed"
             )
-        read, schema = _rows_of(path, columns)
-        return SampleFeed(read, schema, None), f"{path.name}:{path.stat().st_size}", {}
+        from torsh_data._csv import TextTable
+
+        table = TextTable(path, _DELIMITERS[path.suffix.lower()], columns, schema or pa.schema([]))
+        status = path.stat()
+        identity = f"{path.name}:{status.st_size}:{status.st_mtime_ns}"
+        return SampleFeed(table, retyped(table.schema, schema), None), identity, {}
     if path is not None and path.is_dir():
         if is_image_tree(path):
             if columns is not None and set(columns) != {"image", "label"}:
                 raise ValueError(f"columns={list(columns)}; pictures have 'image' and 'label'")
-            tree = ImageTree(path)
-            feed = SampleFeed(tree, None, shuffle_seed)
+            tree = ImageTree(path, classes)
+            tree.leave_out_broken(skip=skip_broken)
+            feed = SampleFeed(tree, retyped(_PICTURES, schema), shuffle_seed)
             return feed, tree.fingerprint, {"classes": tree.classes}
-        if (path / "dataset_info.json").exists() and (path / "state.json").exists():
-            source = _load_saved(path)
-    data = ShardedDataset(source, columns=columns, decode="bytes")
-    return SampleFeed(data, data.schema, shuffle_seed), data.fingerprint, {}
+        if is_mds(path):
+            mds = MdsFolder(path, columns)
+            if shuffle_seed is not None and mds.is_packed:
+                raise TypeError(
+                    f"shuffle_seed={shuffle_seed} needs random access, and {str(path)!r} is "
+                    "compressed; convert it as it is, then convert the result with shuffle_seed"
+                )
+            feed = SampleFeed(mds, retyped(mds.schema, schema), shuffle_seed)
+            return feed, mds.fingerprint, {}
+    data = ShardedDataset(source, columns=columns, decode="files")
+    return (
+        SampleFeed(data, retyped(data.schema, schema), shuffle_seed),
+        _version(data),
+        data.metadata,
+    )
 
 
-def _load_saved(path: Path) -> Any:
-    try:
-        import datasets
-    except ImportError:
-        raise ImportError(
-            f"source={str(path)!r} was saved by Hugging Face datasets: pip install datasets"
-        ) from None
-    return datasets.load_from_disk(str(path))
+def _version(data: ShardedDataset) -> str:
+    """The fingerprint, and the times or server's versions of files that have no checksums."""
+    digest = xxhash.xxh3_128(data.fingerprint.encode())
+    for shard in data._shards:
+        file = getattr(shard, "file", None)
+        if isinstance(file, DataFile) and not isinstance(shard, IndexedShard):
+            digest.update(file.identity.encode())
+    return digest.hexdigest()
 
 
-def _rows_of(
-    path: Path, columns: Sequence[str] | None
-) -> tuple[Callable[[int], Iterator[dict[str, Any]]], pa.Schema]:
-    from pyarrow import csv
-
-    parse = csv.ParseOptions(delimiter=_DELIMITERS[path.suffix.lower()], newlines_in_values=True)
-
-    def stream() -> csv.CSVStreamingReader:
-        return csv.open_csv(path, parse_options=parse)
-
-    with stream() as reader:
-        schema = reader.schema
-    unknown = [name for name in columns or [] if name not in schema.names]
-    if unknown:
-        raise ValueError(f"columns: no column {unknown[0]!r}; there are {schema.names}")
-    names = list(columns or schema.names)
-
-    def read(start: int) -> Iterator[dict[str, Any]]:
-        with stream() as reader:
-            for batch in reader:
-                if start < batch.num_rows:
-                    yield from batch.select(names).slice(start).to_pylist()
-                start = max(0, start - batch.num_rows)
-
-    return read, pa.schema([schema.field(name) for name in names])
+def _refuse_all_but_pictures(source: Any, classes: Sequence[str] | None) -> None:
+    is_path = isinstance(source, (str, os.PathLike))
+    if not is_path or not Path(source).is_dir() or not is_image_tree(Path(source)):
+        option = "skip_broken=True" if classes is None else f"classes={list(classes)[:3]}"
+        raise ValueError(f"{option} is for folders of pictures, which source={source!r} is not")

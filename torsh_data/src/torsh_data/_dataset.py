@@ -4,6 +4,7 @@ import inspect
 import math
 import os
 import threading
+import warnings
 from bisect import bisect_right
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -21,10 +22,11 @@ from torsh_data._ahead import Ahead
 from torsh_data._collate import make_column
 from torsh_data._columns import Array, collated_kind
 from torsh_data._files import FetchError
+from torsh_data._hf import class_names
 from torsh_data._order import Ids
 from torsh_data._rng import generator, sample_keys, stream
-from torsh_data._schemas import shared_schema
-from torsh_data._shards import ArrowBlock, Block, Damage, Sample, Shard, Verify
+from torsh_data._schemas import chosen_columns, shared_schema
+from torsh_data._shards import ArrowBlock, Block, Damage, IndexedShard, Sample, Shard, Verify
 from torsh_data._sizes import format_bytes, parse_bytes
 from torsh_data._sources import Reading, Source, open_source
 from torsh_data._store import Store
@@ -34,6 +36,7 @@ Transform: TypeAlias = Callable[[Sample], Any] | Callable[[Sample, np.random.Gen
 OnError: TypeAlias = Literal["raise", "substitute"]
 
 _MAPPED_BLOCKS = 1 << 14  # views into the mapping, a few kB each
+_MAPPED_BYTES = 1 << 36  # the kernel's tables for them take a 512th of it
 _DECODED_BYTES = 512 * 10**6  # blocks that had to be decompressed
 _TOGETHER = 16  # blocks that are fetched at a time
 _GOLDEN = 0.6180339887498949
@@ -49,8 +52,9 @@ class ShardedDataset(Dataset[Any]):
 
     Of remote files only the blocks that are read are fetched, once for all processes of a node, and
     kept in `cache_dir` up to `cache_bytes`; what has not been used for longest is given up first.
-    Parquet files are decoded, with a `cache_dir` once per node as well. Without one each process
-    keeps the last 512 MB of what it decoded.
+    Parquet files and Arrow files with compression are decoded, with a `cache_dir` once per node as
+    well. Without one, and of compressed shards of `write_shards`, each process keeps the last
+    512 MB of what it decoded.
 
     Args:
         source: A folder that `write_shards` wrote, or a folder, a glob pattern or a list of files,
@@ -71,18 +75,24 @@ class ShardedDataset(Dataset[Any]):
         on_error: `"raise"`, or `"substitute"` to replace a sample that is damaged, or whose
             transform fails, by another one: always the same one, whoever reads it, so that batches
             keep their shape and ranks stay in step. It is in `errors` then.
-        max_errors: How many bad samples to replace before the next one is an error.
+        max_errors: How many bad samples each rank replaces before the next one is an error. The
+            state of a `StreamLoader` carries them over a restart.
         storage_options: What fsspec's file system needs besides the URL, such as credentials.
         decode: For tar files. `"torch"` makes of each member what its suffix says: images
             (`.jpg`, `.png`) and `.npy` become tensors, `.cls` an int, `.txt` a str, `.json`
-            its value, all else bytes. `"bytes"` leaves all as bytes.
+            its value, all else bytes. `"files"` does so too, but leaves images and arrays
+            as the bytes of their files. `"bytes"` leaves all as bytes.
 
     Attributes:
-        fingerprint: Changes if a name, a row count or a checksum changes.
-        nbytes: Size of all files (of the decoded row groups for Parquet).
+        fingerprint: Changes if a name, a row count, a size or a checksum changes. Files that have
+            no index are known by their layout and, for Parquet, by the hash of the footer, whose
+            statistics change with most contents; for all others by a hash of 64 kB at the start,
+            in the middle and at the end. What changes elsewhere, at the same size, is not noticed.
+        nbytes: Size of all files (of the chosen columns of the decoded row groups for Parquet).
         block_rows: Mean rows of a block.
         metadata: What the writer noted (`write_shards(metadata=)`), such as names of classes.
-        errors: What was wrong with the samples that were replaced in this process, by sample id.
+        errors: What was wrong with the samples that were replaced, by sample id: in this process,
+            in the workers of its `StreamLoader`, and before the restart that a loaded state is of.
 
     Raises:
         FileNotFoundError: If there are no files, or one that the index lists is missing.
@@ -116,8 +126,8 @@ class ShardedDataset(Dataset[Any]):
     ) -> None:
         if verify not in ("first_read", "always", "never"):
             raise ValueError(f"verify={verify!r}; use 'first_read', 'always' or 'never'")
-        if decode not in ("torch", "bytes"):
-            raise ValueError(f"decode={decode!r}; use 'torch' or 'bytes'")
+        if decode not in ("torch", "files", "bytes"):
+            raise ValueError(f"decode={decode!r}; use 'torch', 'files' or 'bytes'")
         if on_error not in ("raise", "substitute"):
             raise ValueError(f"on_error={on_error!r}; use 'raise' or 'substitute'")
         if max_errors < 0 or (on_error == "substitute") != (max_errors > 0):
@@ -142,13 +152,12 @@ class ShardedDataset(Dataset[Any]):
             has_store=cache_dir is not None,
         )
         self._shards, self._store = open_source(source, reading)
-        self.metadata = reading.metadata
         self.is_remote = any(shard.is_remote for shard in self._shards)
         schema = shared_schema(self._shards)
-        unknown = [name for name in columns or [] if name not in schema.names]
-        if unknown:
-            raise ValueError(f"columns: no column {unknown[0]!r}; there are {schema.names}")
-        self.columns = list(schema.names if columns is None else columns)
+        self.columns = chosen_columns(columns, schema.names)
+        for shard in self._shards:
+            shard.choose(self.columns)
+        self.metadata = {**class_names(schema, self.columns), **reading.metadata}
         if isinstance(self._shards[0], TarShard) and decode == "torch":
             refuse_pickles(self.columns, self._shards[0].path)
         self._fields = [schema.field(name) for name in self.columns]
@@ -160,6 +169,9 @@ class ShardedDataset(Dataset[Any]):
             raise ValueError(f"source={source!r} has files, but no rows")
         self.nbytes = sum(shard.nbytes for shard in self._shards)
         self.block_rows = -(-len(self) // len(counts))
+        self._most_blocks = max(
+            16, min(_MAPPED_BLOCKS, _MAPPED_BYTES * len(counts) // max(1, self.nbytes))
+        )
         digest = xxhash.xxh3_128()
         for shard in self._shards:
             digest.update(f"{shard.identity}\n".encode())
@@ -171,7 +183,7 @@ class ShardedDataset(Dataset[Any]):
         self._open_blocks: OrderedDict[int, Block] = OrderedDict()
         self._decoded_bytes = 0
         self._leased_bytes = 0
-        self._checked: set[int] = set()
+        self._checked = bytearray(self._shard_starts[-1])  # a flag for each block
         self._ahead: Ahead | None = None
         self._mutex = threading.RLock()  # worker threads share the open blocks
         if self._store is not None:
@@ -204,6 +216,11 @@ class ShardedDataset(Dataset[Any]):
         return {shard.path: sum(shard.block_rows) for shard in self._shards}
 
     def __getitem__(self, index: int) -> Any:
+        if isinstance(index, (slice, str)):
+            raise TypeError(
+                f"index={index!r}: a sample has a number; data.__getitems__([0, 1]) gives several, "
+                "data.read_batch([0, 1]) their columns, torch.utils.data.Subset a part"
+            )
         return self.__getitems__([index])[0]
 
     def __getitems__(self, ids: Sequence[int]) -> list[Any]:
@@ -224,12 +241,18 @@ class ShardedDataset(Dataset[Any]):
     def _replacing(self, ids: Ids, read: Callable[[Ids], list[Any]]) -> list[Any]:
         if self.on_error == "raise":
             return read(ids)
-        try:
-            return read(ids)
-        except (FetchError, MemoryError, ImportError):  # no sample's fault
-            raise
-        except Exception:  # a transform may fail in any way
-            return [self._first_good(number, read) for number in ids.tolist()]
+        if self._are_thought_good(ids):
+            try:
+                return read(ids)
+            except (FetchError, MemoryError, ImportError):  # no sample's fault
+                raise
+            except Exception:  # noqa: S110  a transform may fail in any way
+                pass  # which of them it is shows when each is read alone
+        return [self._first_good(number, read) for number in ids.tolist()]
+
+    def _are_thought_good(self, ids: Ids) -> bool:
+        # what was bad once stays replaced, whichever samples it is read with
+        return not self.errors or self.errors.keys().isdisjoint(ids.tolist())
 
     def _first_good(self, number: int, read: Callable[[Ids], list[Any]]) -> Any:
         """A sample, or the one that takes its place: the next that is good on a walk through all.
@@ -288,13 +311,15 @@ class ShardedDataset(Dataset[Any]):
         valid = self._valid(ids)
         if self.on_error == "raise":
             return self._columns(valid)
-        try:
-            return self._columns(valid)
-        except (FetchError, MemoryError, ImportError):
-            raise
-        except Exception:  # which of them it is shows when each is read alone
-            good = [self._first_good(number, self._batch_of_one) for number in valid.tolist()]
-            return self._columns(np.array(good, dtype=np.int64))
+        if self._are_thought_good(valid):
+            try:
+                return self._columns(valid)
+            except (FetchError, MemoryError, ImportError):
+                raise
+            except Exception:  # noqa: S110
+                pass
+        good = [self._first_good(number, self._batch_of_one) for number in valid.tolist()]
+        return self._columns(np.array(good, dtype=np.int64))
 
     def _batch_of_one(self, ids: Ids) -> list[int]:
         self._columns(ids)
@@ -341,8 +366,23 @@ class ShardedDataset(Dataset[Any]):
         self._ahead.next = deque(dict.fromkeys(numbers.tolist()))
         self._ahead.start()
 
+    def _needed_memory(self) -> int:
+        """What this process would take to keep all blocks that have to be decoded."""
+        shards = self._shards
+        if isinstance(shards[0], IndexedShard):
+            shards = shards[:1]  # has to look into a block, and they are alike
+        rows = sum(sum(shard.block_rows) for shard in shards)
+        return sum(shard.decoded_bytes() for shard in shards) * len(self) // max(1, rows)
+
+    def largest_window(self) -> int:
+        """Rows of the largest window of which two fit into what a process keeps decoded."""
+        needed = self._needed_memory()
+        if needed <= _DECODED_BYTES:
+            return len(self)
+        return max(0, _DECODED_BYTES * len(self) // needed // 2 - self.block_rows)
+
     def require_cache(self, window: int) -> None:
-        """Refuse a cache that cannot hold what a shuffle uses at a time.
+        """Refuse a cache that cannot hold what a shuffle uses at a time; warn of too little memory.
 
         Args:
             window: Rows that are shuffled together, of which up to two windows are in use.
@@ -350,11 +390,30 @@ class ShardedDataset(Dataset[Any]):
         Raises:
             ValueError: If `cache_bytes` is less than that takes; it says how much that is.
         """
+        share = min(1.0, (2 * window + 2 * self.block_rows) / len(self))
+        decoded = int(self._needed_memory() * share)
+        if decoded > _DECODED_BYTES:
+            remedy = "give the ShardedDataset a cache_dir=, where they are decoded once"
+            if isinstance(self._shards[0], IndexedShard):
+                remedy = "write the shards without compression="
+            largest = self.largest_window()
+            if largest >= self.block_rows:
+                remedy += f", or use window={largest}"
+            warnings.warn(
+                f"a shuffle with a window of {window} rows uses {format_bytes(decoded)} of decoded "
+                f"blocks at a time, more than the {format_bytes(_DECODED_BYTES)} that a process "
+                f"keeps, so they are decoded again and again; {remedy}",
+                stacklevel=4,
+            )
         if self._store is None:
             return
-        share = min(1.0, (2 * window + 2 * self.block_rows) / len(self))
+        # of files that are fetched whole, those with any block in use
+        needed = sum(
+            shard.nbytes * (1 - (1 - share) ** shard.blocks if shard.is_fetched_whole else share)
+            for shard in self._shards
+        )
         blocks = [shard.nbytes / shard.blocks for shard in self._shards if shard.blocks]
-        needed = int(self.nbytes * share * 1.1 + max(blocks))
+        needed = int(needed * 1.1 + max(blocks))
         if self._store.limit < min(needed, int(self.nbytes * 1.02) + 2**20):
             raise ValueError(
                 f"cache_bytes={format_bytes(self._store.limit)} does not hold the two windows of "
@@ -399,7 +458,7 @@ class ShardedDataset(Dataset[Any]):
                 with ThreadPoolExecutor(min(_TOGETHER, len(absent))) as pool:
                     list(pool.map(self._prepare, absent))
         if self.verify == "always":
-            self._checked.clear()
+            self._checked = bytearray(len(self._checked))
             for number in distinct:
                 self._verify(number)
         blocks = {number: self._block(number) for number in distinct}
@@ -410,13 +469,13 @@ class ShardedDataset(Dataset[Any]):
         return self._shards[shard], number - self._shard_starts[shard]
 
     def _verify(self, number: int) -> None:
-        if self.verify == "never" or number in self._checked:
+        if self.verify == "never" or self._checked[number]:
             return
         shard, block = self._locate(number)
         damage = shard.damage(block)
         if damage is not None:
             raise RuntimeError(str(damage))
-        self._checked.add(number)
+        self._checked[number] = 1
 
     def _block(self, number: int) -> Block:
         known = self._open_blocks.get(number)
@@ -442,7 +501,7 @@ class ShardedDataset(Dataset[Any]):
         # half of the cache at most, so that there is always something to make room from
         leasable = self._store.limit // 2 if self._store is not None else 0
         while len(self._open_blocks) > 1 and (
-            len(self._open_blocks) > _MAPPED_BLOCKS
+            len(self._open_blocks) > self._most_blocks
             or self._decoded_bytes > _DECODED_BYTES
             or self._leased_bytes > leasable
         ):

@@ -11,6 +11,7 @@ from torch.utils.data import Dataset
 from torsh_data._columns import encode, infer_schema
 from torsh_data._order import CHUNK, Order
 
+_LOOKED_AT = 1000  # samples, for the first list that is not empty
 Sample: TypeAlias = Mapping[str, Any]
 Samples: TypeAlias = (
     "Iterable[Sample] | Sequence[Sample] | Dataset[Any] | Callable[[int], Iterable[Sample]]"
@@ -52,13 +53,31 @@ class SampleFeed:
             self._open = cast("Callable[[int], Iterable[Sample]]", samples)
         elif self._items is None:
             self._stream = iter(cast("Iterable[Sample]", samples))
-        first = next(self._samples(0, 1), None)
-        if first is None:
-            raise ValueError("samples is empty; a data set has at least one sample")
-        if self._stream is not None:
-            self._stream, self._streamed = chain([first], self._stream), 0
+        first = self._first(1 if schema is not None else _LOOKED_AT)
         _check_columns(first, None if schema is None else list(schema.names), 0)
         self.schema = infer_schema(first) if schema is None else schema
+
+    def _first(self, looked_at: int) -> Sample:
+        """The first sample; for its empty lists, the next ones that are not and have a type."""
+        seen: list[Sample] = []
+        first: Sample = {}
+        for sample in self._samples(0, looked_at):
+            seen.append(sample)
+            if len(seen) == 1:
+                first = sample
+            if not isinstance(sample, Mapping) or not isinstance(first, Mapping):
+                break
+            first = {
+                name: value if _has_type(value) else sample.get(name, value)
+                for name, value in first.items()
+            }
+            if all(map(_has_type, first.values())):
+                break
+        if not seen:
+            raise ValueError("samples is empty; a data set has at least one sample")
+        if self._stream is not None:
+            self._stream, self._streamed = chain(seen, self._stream), 0
+        return first
 
     def blocks(self, begin: int, end: int | None, limit: int) -> Iterator[pa.RecordBatch]:
         names = list(self.schema.names)
@@ -113,6 +132,10 @@ class SampleFeed:
             raise _too_short(begin, self._streamed)
 
 
+def _has_type(value: Any) -> bool:
+    return not (isinstance(value, (list, tuple)) and len(value) == 0)
+
+
 def _as_sequence(samples: Samples) -> Sequence[Sample] | None:
     has_index = hasattr(samples, "__len__") and hasattr(samples, "__getitem__")
     if not has_index or isinstance(samples, Mapping):
@@ -142,7 +165,10 @@ def _check_columns(sample: Sample, names: list[str] | None, number: int) -> None
 
 def _value_bytes(value: Any) -> int:
     if isinstance(value, str):
-        return len(value.encode())
+        return len(value.encode("utf-8", "surrogatepass"))
     if isinstance(value, (bytes, bytearray)):
         return len(value)
+    if isinstance(value, (list, tuple)) and value:
+        is_of_texts = isinstance(value[0], (str, bytes, list, tuple))
+        return sum(map(_value_bytes, value)) if is_of_texts else 8 * len(value)
     return int(getattr(value, "nbytes", 8))

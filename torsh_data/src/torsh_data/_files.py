@@ -10,6 +10,7 @@ import os
 import random
 import shutil
 import time
+import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -17,7 +18,7 @@ from typing import Any, TypeVar, cast
 
 import pyarrow as pa
 
-from torsh_data._mapping import map_file
+from torsh_data import _mapping
 from torsh_data._store import Sink, Store, View
 
 _T = TypeVar("_T")
@@ -97,12 +98,16 @@ class LocalFile(DataFile):
         status = path.stat()
         self.size = status.st_size
         self.identity = f"{path.absolute()}:{self.size}:{status.st_mtime_ns}"
-        self._mapped: pa.Buffer | None = None
+        self._mapping: weakref.ref[_mapping.Mapping] | None = None
 
     def whole(self) -> View:
-        if self._mapped is None:
-            self._mapped = map_file(self.path)
-        return View(self._mapped, in_memory=False)
+        # Weak, so that the file is mapped for as long as somebody uses it: what a mapping costs
+        # the kernel (a 512th of what was read) comes back only when it ends.
+        mapping = None if self._mapping is None else self._mapping()
+        if mapping is None:
+            mapping = _mapping.map_file(self.path)
+            self._mapping = weakref.ref(mapping)
+        return View(mapping.buffer(), in_memory=False)
 
     def part(self, start: int, end: int, check: Check | None = None) -> View:
         del check
@@ -118,7 +123,7 @@ class LocalFile(DataFile):
         return str(self.path)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_mapped": None}
+        return {**self.__dict__, "_mapping": None}
 
 
 class Remote:

@@ -1,6 +1,7 @@
 """JSON Lines: one object a line, found by the places of the line ends."""
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import PurePosixPath
@@ -11,13 +12,15 @@ import pyarrow as pa
 
 from torsh_data._files import DataFile, RemoteFile
 from torsh_data._index import hash_bytes
-from torsh_data._plan import Plan
+from torsh_data._numbers import Array
+from torsh_data._plan import Plan, sample_bytes
 from torsh_data._shards import Block, Sample, Shard
 from torsh_data._store import Store
 
 _BLOCK_BYTES = 4 << 20
 _CHUNK = 16 << 20
 _LOOKED_AT = 1000  # rows of each file, for names and types of the columns
+_LINES = 1 << 16
 _BOM = b"\xef\xbb\xbf"
 
 
@@ -41,9 +44,8 @@ class JsonlShard(Shard):
         self.block_rows = np.diff(self._block_samples).tolist()
         self.nbytes = self.file.size
         name = PurePosixPath(self.path).name
-        self.identity = f"{name}:{len(self._starts) - 1}:{self.nbytes}:" + hash_bytes(
-            self._starts.tobytes()
-        )
+        places = hash_bytes(self._starts.tobytes())
+        self.identity = f"{name}:{len(self._starts) - 1}:{self.nbytes}:{places}:{plan.digest}"
 
     def _look(self) -> Plan:
         content = self.file.whole().content if self.file.size else pa.py_buffer(b"")
@@ -71,12 +73,51 @@ class JsonlShard(Shard):
             self._parse(bytes(data[rows[k] : rows[k + 1]]), int(lines[k]) + 1)
             for k in range(min(_LOOKED_AT, len(lines)))
         ]
+        schema = _infer(head)
+        whole = {field.name for field in schema if field.type == pa.int64()}
+        if len(lines) > _LOOKED_AT and whole:
+            found = self._fractions(content, rows, lines, whole)
+            schema = pa.schema(
+                [pa.field(f.name, pa.float64()) if f.name in found else f for f in schema]
+            )
         return Plan.make(
-            _infer(head),
+            schema,
+            sample_bytes(content),
             starts=rows,
             block_samples=blocks,
             block_lines=lines[blocks[:-1]] + 1,
         )
+
+    def _fractions(
+        self, content: pa.Buffer, rows: Array, lines: Array, names: set[str]
+    ) -> set[str]:
+        """Which of these columns have a number that is not whole in any line.
+
+        A search for what looks like one, at gigabytes a second; lines with a hit are parsed.
+        """
+        import pyarrow.compute as pc
+
+        keys = {form for name in names for form in (name, json.dumps(name)[1:-1])}
+        either = "|".join(map(re.escape, sorted(keys)))
+        looks = rf'"(?:{either})"[ \t]*:[ \t]*-?(?:[0-9]+[.eE]|NaN|Infinity)'
+        texts = pa.Array.from_buffers(
+            pa.large_binary(), len(lines), [None, pa.py_buffer(rows), content]
+        )
+        options = pc.MatchSubstringOptions(looks)
+        found: set[str] = set()
+        for start in range(_LOOKED_AT, len(lines), _LINES):
+            part = texts.slice(start, _LINES)
+            matches = pc.call_function("match_substring_regex", [part], options)
+            hits = pc.call_function("indices_nonzero", [matches])
+            for k in hits.to_pylist():
+                try:
+                    row = self._parse(part[k].as_py(), int(lines[start + k]) + 1)
+                except ValueError:
+                    continue  # whoever reads the line is told
+                found |= {name for name in names if isinstance(row.get(name), float)}
+                if found == names:
+                    return found
+        return found
 
     def _parse(self, line: bytes, number: int) -> Sample:
         try:
@@ -146,13 +187,21 @@ class _JsonlBlock(Block):
 
 def _infer(rows: Sequence[Sample]) -> pa.Schema:
     kinds: dict[str, set[type]] = {}
+    items: dict[str, set[type]] = {}
     for row in rows:
         for name, value in row.items():
             kinds.setdefault(name, set()).add(type(value))
-    return pa.schema([(name, _kind(found - {type(None)})) for name, found in kinds.items()])
+            if type(value) is list:
+                items.setdefault(name, set()).update(map(type, value))
+    return pa.schema(
+        [
+            (name, _kind(found - {type(None)}, items.get(name, set())))
+            for name, found in kinds.items()
+        ]
+    )
 
 
-def _kind(found: set[type]) -> pa.DataType:
+def _kind(found: set[type], items: set[type]) -> pa.DataType:
     if found == {bool}:
         return pa.bool_()
     if found == {int}:
@@ -161,4 +210,5 @@ def _kind(found: set[type]) -> pa.DataType:
         return pa.float64()
     if found == {str}:
         return pa.string()
-    return pa.json_()
+    inner = _kind(items, set()) if found == {list} else pa.json_()
+    return pa.json_() if inner == pa.json_() else pa.list_(inner)

@@ -1,20 +1,25 @@
 """Batches from a map-style data set, in an order that can be left and taken up again anywhere."""
 
 import os
+import sys
 import warnings
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import closing
 from functools import partial
 from pathlib import Path
+from types import FrameType
 from typing import Any, Literal, TypeAlias, cast
 
 import torch
 from torch.utils.data import Dataset
 
+from torsh_data._announce import announcer
 from torsh_data._dataset import ShardedDataset
 from torsh_data._fingerprint import identify
 from torsh_data._mixture import Mixture
-from torsh_data._order import Order
+from torsh_data._order import Order, effective_batch
 from torsh_data._reader import Batch, Collate, Delivery, Reader
+from torsh_data._replaced import add_packed, pack_errors, sharded_in
 from torsh_data._requests import DropLast, EpochOrder, Requests, share
 from torsh_data._rng import fold
 from torsh_data._sizes import parse_bytes
@@ -25,6 +30,8 @@ State: TypeAlias = dict[str, int | str]
 
 _VERSION = 1
 _WINDOW = "2GB"
+END = object()  # drawn instead of a batch where a rank has none while the epoch ends
+_FEW_BLOCKS = 16  # in a window
 
 
 class StreamLoader:
@@ -35,7 +42,7 @@ class StreamLoader:
     any other number of workers, ranks or samples in a batch. Step after step, rank `r` of `w` takes
     the positions from `position + r * batch_size` on, then the position moves by `w * batch_size`.
     The state counts the batches that the loop has received, not those that workers have prepared,
-    and it is the same on all ranks, so rank 0 alone can save it.
+    and the place is the same on all ranks, so rank 0 alone can save it.
 
     Batches of mappings get two more entries: `index`, the sample ids, and `key`, a hash of (seed,
     epoch, sample id) that drives augmentation (`vision.RandAugment()(images, keys=batch["key"])`),
@@ -53,7 +60,9 @@ class StreamLoader:
         window: How much of the data set is mixed at a time, as bytes (`"2GB"`) or a number of rows.
             Up to two windows are in use at once, so half the memory that the page cache may take is
             a good size, and what fits in whole is shuffled uniformly. Data sets other than
-            `ShardedDataset` have no blocks to respect and are always shuffled uniformly. In a
+            `ShardedDataset` have no blocks to respect and are always shuffled uniformly. The
+            default is less where a process cannot keep two such windows of decoded blocks, as
+            those of Parquet files without a `cache_dir`. In a
             `Mixture` each part has a window of this size.
         epoch: The first epoch.
         num_workers: How many workers read ahead; 0 reads in the loop itself, `"auto"` takes three
@@ -148,8 +157,11 @@ class StreamLoader:
         if self._rows < 1:
             raise ValueError("dataset is empty")
         self._order = _plan(dataset, batch_size, seed, window if shuffle else 0)
+        self._sharded = sharded_in(dataset)
         self._fingerprint: str | None = None
         self._epoch, self._position = epoch, 0
+        self._batches = 0  # of this epoch, that came before the position
+        self._is_placed = False  # by a state or skip(), and nothing was received since
         self._running: object | None = None  # the newest iterator, while it may move the state
         self._left_midway = False
         self._watch = Stopwatch(workers, num_workers)
@@ -196,42 +208,62 @@ class StreamLoader:
 
     def __len__(self) -> int:
         """Batches of a whole epoch on this rank, wherever the loader stands."""
+        return self._count(0)
+
+    def _count(self, position: int) -> int:
+        """Batches of this rank from a position on."""
         rank, world = self._find_topology()
-        step, whole = self._steps()
-        rest = self._rows - whole * step
+        step, _ = self._steps()
+        whole, rest = divmod(self._rows - position, step)
         if self.drop_last is True or rest == 0:
             return whole
         return whole + (self.drop_last == "pad" or share(rest, rank, world)[1] > 0)
 
     def state_dict(self) -> State:
-        """The place in the stream: JSON-able, below 500 bytes, the same on all ranks."""
+        """The place in the stream: JSON-able, below 500 bytes, the same on all ranks.
+
+        Besides the place, `errors` has the ids of samples that were replaced (`on_error=`), as runs
+        such as `"12-75,300"`, one after the other with `;` for each `ShardedDataset` that is read.
+        These alone differ: a rank knows of its own. They take a few bytes more for each run.
+        """
         if self._fingerprint is None:
             self._fingerprint = identify(self.dataset)
         return {
             "version": _VERSION,
             "epoch": self._epoch,
             "position": self._position,
+            "batches": self._batches,
             "seed": self._order.seed,
             "window": self._order.window,
             "fingerprint": self._fingerprint,
+            "errors": pack_errors(self._sharded),
         }
 
     def load_state_dict(self, state_dict: Mapping[str, int | str]) -> None:
         """Go on from a saved place at the next iteration.
+
+        The samples that were replaced stay so, and count against `max_errors` together with those
+        that this process has found itself: a restart does not start that budget anew. To know what
+        all ranks had found, load the state of each, one after the other. To read replaced samples
+        again, when their files have been mended, set the state's `errors` to `""`.
 
         Args:
             state_dict: From `state_dict` of a loader on the same data with the same order; workers,
                 ranks and batch size may differ.
 
         Raises:
-            ValueError: If the state is of another data set, seed, window or version. A data set is
-                known by its `fingerprint` (`ShardedDataset`, `datasets.Dataset`), a `Subset` by its
-                indices too and a `ConcatDataset` by its parts; any other only by its class and
-                length, so other contents of the same length pass unless it has an attribute
-                `fingerprint`, a str that changes with them.
+            ValueError: If the state is of another data set, seed, window or version, or has more
+                `errors` than the data set's `max_errors`. A data set is known by its `fingerprint`
+                (`ShardedDataset`, `datasets.Dataset`), a `Subset` by its indices too and
+                a `ConcatDataset` by its parts; any other only by its class and length, so other
+                contents of the same length pass unless it has an attribute `fingerprint`, a str
+                that changes with them.
         """
         own = self.state_dict()
-        missing = [name for name in own if name not in state_dict]
+        if not isinstance(state_dict, Mapping):
+            raise TypeError(f"state_dict is a {type(state_dict).__name__}, not a loader's state")
+        optional = ("batches", "errors")
+        missing = [name for name in own if name not in state_dict and name not in optional]
         if missing:
             raise ValueError(f"state_dict has no {missing[0]!r}; it is not of a StreamLoader")
         for name, remedy in (
@@ -245,13 +277,41 @@ class StreamLoader:
                     f"state_dict has {name}={state_dict[name]!r}, this loader has {own[name]!r}; "
                     f"{remedy}, or start anew"
                 )
-        epoch, position = state_dict["epoch"], state_dict["position"]
-        for name, value in (("epoch", epoch), ("position", position)):
+        place = dict(state_dict)
+        place.setdefault("batches", int(place["position"]) // self._steps()[0])
+        for name in ("epoch", "position", "batches"):
+            value = place[name]
             if not isinstance(value, int) or value < 0:
                 raise ValueError(f"state_dict has {name}={value!r}, not a place in a stream")
-        if int(position) > self._rows:
+        epoch, position, batches = (int(place[n]) for n in ("epoch", "position", "batches"))
+        if position > self._rows:
             raise ValueError(f"state_dict has position={position}, beyond {self._rows} samples")
-        self._move(int(epoch), int(position))
+        if _caller() in ("lightning", "pytorch_lightning"):
+            self._compare_counts(position, batches)
+        add_packed(state_dict.get("errors", ""), self._sharded)
+        self._move(epoch, position, batches)
+        self._is_placed = True
+
+    def _compare_counts(self, position: int, batches: int) -> None:
+        # Lightning goes on counting batches where the old run was, and ends the epoch when it has
+        # as many as a whole epoch of this loader has.
+        surplus = batches + self._count(position) - self._count(0)
+        if surplus > 0:
+            step, _ = self._steps()
+            raise ValueError(
+                f"Lightning would lose the last {surplus} batches of this epoch: the checkpoint is "
+                f"in its middle, {batches} batches with {position} samples came before, and this "
+                f"loader takes {step} a batch on all ranks; go on with at most "
+                f"{position // max(1, batches)} (batch_size= times the number of ranks; "
+                "accumulate_grad_batches= makes up for it), or from a checkpoint of the end of an "
+                "epoch"
+            )
+        if surplus < 0:
+            warnings.warn(
+                f"the epoch goes on with smaller batches: Lightning sees all samples, but as it "
+                f"counts {-surplus} batches too few, it will not validate at the end of this epoch",
+                stacklevel=3,
+            )
 
     def stats(self) -> LoaderStats:
         """Where the time of the newest loop went; print it to see what limits the loop.
@@ -266,14 +326,14 @@ class StreamLoader:
         return self._watch.stats()
 
     def set_epoch(self, epoch: int) -> None:
-        """Go to the start of an epoch; the place in the current one is kept.
+        """Go to the start of an epoch; one that a state or `skip` has just led into goes on.
 
         Args:
             epoch: At least 0.
         """
-        if epoch < 0:
-            raise ValueError(f"epoch={epoch} must be at least 0")
-        if epoch != self._epoch:
+        if isinstance(epoch, bool) or not isinstance(epoch, int) or epoch < 0:
+            raise ValueError(f"epoch={epoch!r} must be a whole number, at least 0")
+        if epoch != self._epoch or not self._is_placed:
             self._move(epoch, 0)
 
     @property
@@ -290,22 +350,23 @@ class StreamLoader:
         Args:
             n_batches: Batches to leave out on each rank, from the one that would come next.
         """
-        if n_batches < 0:
-            raise ValueError(f"n_batches={n_batches} must be at least 0")
-        epoch, position = self._epoch, self._position
+        if isinstance(n_batches, bool) or not isinstance(n_batches, int) or n_batches < 0:
+            raise ValueError(f"n_batches={n_batches!r} must be a whole number, at least 0")
+        epoch, position, batches = self._epoch, self._position, self._batches
         step, _ = self._steps()
         while n_batches:
             left = self._batches_left(position)
             taken = min(n_batches, left)
-            position += taken * step
+            position, batches = position + taken * step, batches + taken
             n_batches -= taken
             if taken == left:
-                epoch, position = epoch + 1, 0
-        self._move(epoch, position)
+                epoch, position, batches = epoch + 1, 0, 0
+        self._move(epoch, position, batches)
+        self._is_placed = True
 
-    def _move(self, epoch: int, position: int) -> None:
-        self._epoch, self._position = epoch, position
-        self._running, self._left_midway = None, False
+    def _move(self, epoch: int, position: int, batches: int = 0) -> None:
+        self._epoch, self._position, self._batches = epoch, position, batches
+        self._running, self._left_midway, self._is_placed = None, False, False
 
     def _batches_left(self, position: int) -> int:
         """Global batches from a position to the end of the epoch."""
@@ -332,13 +393,13 @@ class StreamLoader:
     ) -> Generator[tuple[Batch, Callable[[], None]]]:
         rank, world = self._find_topology()
         step, _ = self._steps()
-        sharded = self.dataset if isinstance(self.dataset, ShardedDataset) else None
-        announce = sharded.will_read if sharded is not None and sharded.is_remote else None
+        announce = announcer(self.dataset)
         requests = Requests(
             self._order, epoch, position, self.batch_size, rank, world, self.drop_last, announce
         )
         reader = Reader(self.dataset, self.collate_fn, self._order.seed, self.drop_last == "pad")
         watch = self._watch = Stopwatch(self.workers, self.num_workers)
+        before = self._batches
         arriving = deliveries(
             reader,
             requests,
@@ -347,37 +408,44 @@ class StreamLoader:
             ahead=self.prefetch_factor,
             seed=fold(self._order.seed, epoch) >> 1,
         )
-        if sharded is not None:
-            arriving = _collecting_errors(arriving, sharded)
-        last = len(requests)
-        if not last and self._running is me:  # the other ranks share the few samples that are left
-            self._move(epoch + 1, 0)
-        for number, batch in enumerate(watch.time(arriving), 1):
-            place = (epoch + 1, 0) if number == last else (epoch, position + number * step)
-            yield batch, partial(self._arrive, me, *place)
+        with closing(arriving):  # an error's traceback would keep the workers for longer
+            counted = _collecting_errors(arriving, self._sharded)
+            for number, batch in enumerate(watch.time(counted), 1):
+                reached = min(position + number * step, self._rows)
+                yield batch, partial(self._arrive, me, reached, before + number)
+        if position + len(requests) * step < self._rows and self.drop_last is False:
+            # the other ranks share the few samples that are left
+            yield END, partial(self._arrive, me, self._rows, 0)
 
-    def _arrive(self, me: object, epoch: int, position: int) -> None:
+    def _arrive(self, me: object, position: int, batches: int) -> None:
         if self._running is not me:
             return
-        if position == 0:
-            self._move(epoch, 0)
+        if self._batches_left(position) == 0:
+            self._move(self._epoch + 1, 0)
         else:
-            self._position, self._left_midway = position, True
+            self._position, self._batches = position, batches
+            self._left_midway, self._is_placed = True, False
 
 
 def _received(drawn: Generator[tuple[Batch, Callable[[], None]]]) -> Iterator[Batch]:
     for batch, arrive in drawn:
+        if batch is END:
+            arrive()
+            return
         # Before the yield: whoever stops asking after len(self) batches, as Trainers do, never runs
         # what comes after the last one.
         arrive()
         yield batch
 
 
-def _collecting_errors(arriving: Iterator[Delivery], dataset: ShardedDataset) -> Iterator[Delivery]:
+def _collecting_errors(
+    arriving: Iterator[Delivery], datasets: Sequence[ShardedDataset]
+) -> Iterator[Delivery]:
     """Let this process know, and count, what its workers replaced."""
     for delivery in arriving:
         if delivery.errors:
-            dataset.add_errors(delivery.errors)
+            for dataset, errors in zip(datasets, delivery.errors, strict=True):
+                dataset.add_errors(errors)
         yield delivery
 
 
@@ -393,6 +461,14 @@ class _EpochCount:
         """Go to the start of an epoch, unless the loader is there or beyond."""
         if epoch > self._loader.epoch:
             self._loader.set_epoch(epoch)
+
+
+def _caller() -> str:
+    """The package that called into this one."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and frame.f_globals.get("__name__", "").startswith("torsh_data."):
+        frame = frame.f_back
+    return "" if frame is None else str(frame.f_globals.get("__name__", "")).partition(".")[0]
 
 
 def _plan(dataset: Dataset[Any], least: int, seed: int, window: str | int) -> EpochOrder:
@@ -420,5 +496,21 @@ def _plan(dataset: Dataset[Any], least: int, seed: int, window: str | int) -> Ep
             f"window={window!r} holds {wanted} rows, less than one batch of {least}; use a "
             "larger window"
         )
+    largest = dataset.largest_window()
+    if window == _WINDOW and largest >= dataset.block_rows:
+        wanted = min(wanted, max(largest, least))
     dataset.require_cache(min(wanted, rows))
-    return Order(rows, seed, min(wanted, rows), dataset.block_rows)
+    order = Order(rows, seed, min(wanted, rows), dataset.block_rows)
+    blocks = order.window / order.block_rows
+    if blocks < _FEW_BLOCKS and order.window < rows:
+        batch = min(least or 256, rows)
+        worth = effective_batch(order, batch, 64)
+        if worth < batch / 4:
+            warnings.warn(
+                f"window={window!r} holds {blocks:.1f} blocks of {order.block_rows} rows, too few "
+                f"to mix them: if the data is stored in an order, such as by class, a batch of "
+                f"{batch} is worth about {max(1, round(worth))}; use a larger window=, smaller "
+                "blocks (row groups, record batches), or write_shards(shuffle_seed=...)",
+                stacklevel=3,
+            )
+    return order

@@ -59,10 +59,10 @@ class Mapping:
             self._closed = None
 
 
-def map_file(path: str | Path) -> pa.Buffer:
+def map_file(path: str | Path) -> Mapping:
     """All bytes of a file, where they lie in the page cache."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
-        return Mapping(descriptor, os.fstat(descriptor).st_size).buffer()
+        return Mapping(descriptor, os.fstat(descriptor).st_size)
     finally:
         os.close(descriptor)

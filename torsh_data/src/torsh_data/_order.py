@@ -5,13 +5,15 @@ mixed radices with cycle walking, so the sample at any position of any epoch cos
 saving the place in the stream means saving one number.
 
 Data larger than memory is stored in blocks that are cheap to read whole. With a window, the blocks
-are permuted over the whole data set, then positions are permuted inside windows, and once more
-inside windows that are shifted by half: each batch mixes the blocks of two neighbouring windows,
-and no more than two windows of data are in use at a time.
+are dealt to windows, then positions are permuted inside windows, and once more inside windows that
+are shifted by half: each batch mixes the blocks of two neighbouring windows, and no more than two
+windows of data are in use at a time. Blocks are dealt by strata: where n blocks fill a window, the
+data set is cut into n parts in storage order and each window gets one random block of each, so it
+has its share of everything that is stored in long runs, such as classes.
 
 Reference:
     Black, Rogaway, Ciphers with Arbitrary Finite Domains, CT-RSA 2002 (generalised Feistel networks
-    and cycle walking). The two half-shifted windows are ours.
+    and cycle walking). The two half-shifted windows over strata are ours.
 """
 
 import math
@@ -88,8 +90,12 @@ class Order:
             )
             place[inner] = shifted + half
         place = _permute_in_windows(place, total, windows, keys[_WINDOWS])
-        block, row = np.divmod(place, self.block_rows)
-        block = _permute(block.view(np.uint64), blocks, np.uint64(keys[_BLOCKS])).view(np.int64)
+        slot, row = np.divmod(place, self.block_rows)
+        strata = max(1, round(blocks / windows))  # as many as blocks fill a window
+        turn, stratum = np.divmod(slot, strata)
+        least, longer = divmod(blocks, strata)
+        block = stratum * least + np.minimum(stratum, longer) + turn
+        block = _permute_in_windows(block, blocks, strata, keys[_BLOCKS])
         return block * self.block_rows + row
 
 

@@ -2,7 +2,7 @@
 
 A tensor is handed over in shared memory, whose set-up costs as much as copying 100 kB, and a list
 of bytes is pickled one by one into a pipe of 64 kB. So small tensors travel by value, and a list of
-bytes travels as one piece, in shared memory if it is long.
+bytes, or of tensors `(length,)`, travels as one piece, in shared memory if it is long.
 """
 
 from dataclasses import dataclass
@@ -31,6 +31,14 @@ class _Joined:
 
 
 @dataclass(frozen=True)
+class _Rows:
+    """A list of tensors `(length,)` as one, packed in its turn."""
+
+    content: Any
+    lengths: list[int]
+
+
+@dataclass(frozen=True)
 class Parcel:
     """A packed batch."""
 
@@ -56,7 +64,15 @@ def _pack_value(value: Any) -> Any:
         if len(content) > _LONG:
             return _Joined(torch.frombuffer(bytearray(content), dtype=torch.uint8), ends)
         return _Joined(content, ends)
+    if isinstance(value, list) and _are_rows(value):
+        return _Rows(_pack_value(torch.cat(value)), [len(item) for item in value])
     return value
+
+
+def _are_rows(value: list[Any]) -> bool:
+    if not all(type(item) is torch.Tensor and item.ndim == 1 for item in value):
+        return False
+    return len({item.dtype for item in value}) == 1 and all(map(_has_numpy, value))
 
 
 def _has_numpy(tensor: torch.Tensor) -> bool:
@@ -67,6 +83,8 @@ def _has_numpy(tensor: torch.Tensor) -> bool:
 def _unpack_value(value: Any) -> Any:
     if isinstance(value, np.ndarray):
         return torch.from_numpy(value)
+    if isinstance(value, _Rows):
+        return list(torch.split(_unpack_value(value.content), value.lengths))
     if isinstance(value, _Joined):
         places = pairwise([0, *value.ends.tolist()])
         if isinstance(value.content, bytes):

@@ -14,10 +14,13 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from torsh_data._files import DataFile
+from torsh_data._index import hash_bytes
 from torsh_data._store import Sink, Store
 
-_VERSION = 1
+_VERSION = 2
 _SCHEMA = "schema"
+_DIGEST = "digest"
+_SAMPLED = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -25,16 +28,20 @@ class Plan:
     """What one look at a file found."""
 
     schema: pa.Schema
+    digest: str
+    """Changes with the contents that were hashed."""
     arrays: dict[str, npt.NDArray[Any]]
 
     @classmethod
-    def make(cls, schema: pa.Schema, **arrays: Sequence[int] | npt.NDArray[Any]) -> "Plan":
+    def make(
+        cls, schema: pa.Schema, digest: str, **arrays: Sequence[int] | npt.NDArray[Any]
+    ) -> "Plan":
         """A plan of arrays; lists become int64."""
         held = {
             name: value if isinstance(value, np.ndarray) else np.array(value, np.int64)
             for name, value in arrays.items()
         }
-        return cls(schema, held)
+        return cls(schema, digest, held)
 
     @classmethod
     def of(
@@ -56,11 +63,25 @@ class Plan:
     def _packed(self) -> bytes:
         file = io.BytesIO()
         schema = np.frombuffer(self.schema.serialize(), np.uint8)
-        np.savez(file, **cast("Any", {**self.arrays, _SCHEMA: schema}))
+        digest = np.frombuffer(self.digest.encode(), np.uint8)
+        np.savez(file, **cast("Any", {**self.arrays, _SCHEMA: schema, _DIGEST: digest}))
         return file.getvalue()
 
     @classmethod
     def _unpacked(cls, content: bytes) -> "Plan":
         with np.load(io.BytesIO(content), allow_pickle=False) as archive:
             arrays = dict(archive)
-        return cls(pa.ipc.read_schema(pa.py_buffer(arrays.pop(_SCHEMA))), arrays)
+        schema = pa.ipc.read_schema(pa.py_buffer(arrays.pop(_SCHEMA)))
+        return cls(schema, arrays.pop(_DIGEST).tobytes().decode(), arrays)
+
+
+def sample_bytes(content: pa.Buffer) -> str:
+    """A hash of 64 kB at the start, in the middle and at the end of a file.
+
+    To read all of it would take as long as an epoch.
+    """
+    data, size = memoryview(content), content.size
+    if size <= 3 * _SAMPLED:
+        return hash_bytes(data)
+    starts = (0, (size - _SAMPLED) // 2, size - _SAMPLED)
+    return hash_bytes(b"".join(data[start : start + _SAMPLED] for start in starts))

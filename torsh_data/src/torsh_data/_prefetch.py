@@ -1,5 +1,6 @@
 """The next batches on the device before they are asked for."""
 
+import inspect
 import threading
 import weakref
 from collections.abc import Callable, Generator, Iterable, Iterator
@@ -10,10 +11,13 @@ from typing import Any, TypeAlias, cast
 
 import torch
 
+from torsh_data._loader import END, StreamLoader
 from torsh_data._transfer import PinnedSlot, lend, move
 
 Batch: TypeAlias = Any
 _Arrival: TypeAlias = Callable[[], None]
+
+_PATIENCE = 5.0  # seconds that the end of the program waits for a loader that does not answer
 
 
 class DevicePrefetcher:
@@ -32,9 +36,16 @@ class DevicePrefetcher:
 
     Make one prefetcher and iterate it each epoch: its stream and its pinned memory stay.
 
+    The `key` of a `StreamLoader`'s batches stays on the CPU, where augmentation reads it without
+    waiting for the device; `index` and everything else come on the device.
+
     `state_dict` and `load_state_dict`, which exist if the loader has them, count the batches that
     the loop has received, not those drawn ahead: a run that goes on from a state misses no sample
-    and sees none twice. With a `StreamLoader` that holds for the loader's own state as well.
+    and sees none twice. With a `StreamLoader` that holds for the loader's own state as well, unless
+    a subclass has an `__iter__` of its own.
+
+    Leaving a loop early waits for the one batch that the loader or the transform is at, and leaves
+    the others. A program that ends waits no longer than five seconds for it.
 
     Args:
         loader: Any iterable of batches; `StreamLoader`, `DataLoader` and others. Batches may be
@@ -129,6 +140,8 @@ class DevicePrefetcher:
                     return
                 batch, arrive = item
                 arrive()
+                if batch is END:
+                    return
                 del item, arrive
                 yield batch
                 del batch
@@ -138,8 +151,8 @@ class DevicePrefetcher:
     def _draw(self, me: "_Ahead") -> Generator[tuple[Batch, _Arrival]]:
         """The loader's batches, each with what has to be done when the loop receives it."""
         loader = cast("Any", self.loader)
-        if hasattr(loader, "_draw"):  # a StreamLoader leaves it to us when a batch counts
-            yield from loader._draw()
+        if isinstance(loader, StreamLoader) and type(loader).__iter__ is StreamLoader.__iter__:
+            yield from loader._draw()  # which leaves it to us when a batch counts
             return
         is_stateful = isinstance(self, _StatefulPrefetcher)
         self._note(me, loader.state_dict() if is_stateful else None)
@@ -154,10 +167,18 @@ class DevicePrefetcher:
         return nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
 
     def _prepare(self, batch: Batch, slot: PinnedSlot | None) -> Batch:
+        # A column `key` of a StreamLoader is its own: augmentation reads it on the host, and asking
+        # the device for it would wait for all that the device has to do.
+        is_keyed = (
+            isinstance(self.loader, StreamLoader) and isinstance(batch, dict) and "key" in batch
+        )
+        key = batch["key"] if is_keyed else None
         if slot is None:
             batch = move(batch, lambda tensor: tensor.to(self.device), self.device)
         else:
             batch = slot.send(batch, self.device)
+        if key is not None:
+            batch["key"] = key
         if self.transform is None:
             return batch
         with torch.no_grad():
@@ -188,6 +209,7 @@ class _Ahead:
         self.owner = owner
         self.permits: SimpleQueue[Any] = SimpleQueue()
         self.results: SimpleQueue[Any] = SimpleQueue()
+        self.stopped = threading.Event()
         self.thread: threading.Thread | None = None
         self.slots: list[PinnedSlot] = []
         self.source = owner._draw(self)
@@ -224,30 +246,41 @@ class _Ahead:
             self.permits.put(None)
         self.thread = threading.Thread(
             target=_prepare_ahead,
-            args=(owner, first, self.source, self.permits, self.results, self.slots),
+            args=(owner, first, self.source, self.permits, self.results, self.slots, self.stopped),
             name="DevicePrefetcher",
             daemon=True,  # nothing may hang at exit, where the finalizer ends it
         )
-        self._end = weakref.finalize(self, _join, self.permits, self.thread)
+        self._end = weakref.finalize(
+            self, _join, self.permits, self.stopped, self.thread, patience=_PATIENCE
+        )
         self.thread.start()
 
     def stop(self) -> None:
-        """End the thread and close the loader's iterator."""
-        if self._end is not None:
-            self._end()
-        if self.thread is not threading.current_thread():  # else collected in the thread's own code
+        """End the thread, after the batch that it is at, and close the loader's iterator."""
+        if self.thread is not None and self._end is not None:
+            if not self._end.detach():
+                return  # the program ends, and the loader hangs
+            _join(self.permits, self.stopped, self.thread)
+        # It runs if this was collected in the thread's own code.
+        if inspect.getgeneratorstate(self.source) != inspect.GEN_RUNNING:
             self.source.close()
-        self.owner._slots.extend(self.slots)
-        self.slots.clear()
+            self.owner._slots.extend(self.slots)
+            self.slots.clear()
 
 
 _STOP = object()
 
 
-def _join(permits: "SimpleQueue[Any]", thread: threading.Thread) -> None:
+def _join(
+    permits: "SimpleQueue[Any]",
+    stopped: threading.Event,
+    thread: threading.Thread,
+    patience: float | None = None,
+) -> None:
+    stopped.set()  # for the permits that it has not used
     permits.put(_STOP)
     if thread is not threading.current_thread():
-        thread.join()
+        thread.join(patience)
 
 
 def _mark(device: torch.device) -> torch.cuda.Event | None:
@@ -265,23 +298,27 @@ def _prepare_ahead(
     permits: "SimpleQueue[Any]",
     results: "SimpleQueue[Any]",
     slots: list[PinnedSlot],
+    stopped: threading.Event,
 ) -> None:
     number = 0
     try:
         with owner._on_stream():
             while True:
                 permit = permits.get()
-                if permit is _STOP:
+                if permit is _STOP or stopped.is_set():
                     return
                 if drawn is None:
                     drawn = next(source, None)
                 if drawn is None:
                     results.put((None, None, None, None))
                     return
+                if stopped.is_set():
+                    return
                 if permit is not None:
                     permit.synchronize()
                 batch, arrive = drawn
-                batch = owner._prepare(batch, slots[number % len(slots)] if slots else None)
+                if batch is not END:
+                    batch = owner._prepare(batch, slots[number % len(slots)] if slots else None)
                 ready = _mark(owner.device)
                 results.put((batch, arrive, ready, None))
                 drawn = batch = arrive = None

@@ -8,7 +8,9 @@ _PATIENCE = 2.0
 
 
 @contextmanager
-def progress_bar(shown: bool, total: int | None) -> Generator[Callable[[int], None]]:
+def progress_bar(
+    shown: bool, total: int | None, *, doing: str = "Writing", unit: str = "samples"
+) -> Generator[Callable[[int], None]]:
     """A function to call with the rows that are done; the bar appears after two seconds."""
     if not shown:
         yield lambda rows: None
@@ -19,10 +21,10 @@ def progress_bar(shown: bool, total: int | None) -> Generator[Callable[[int], No
     except ImportError:
         raise ImportError("progress=True needs rich: pip install 'torsh-data[cli]'") from None
     bar = Progress(
-        "Writing",
+        doing,
         BarColumn(),
         MofNCompleteColumn(),
-        "samples",
+        unit,
         TimeRemainingColumn(),
         transient=True,
         disable=not Console().is_terminal,

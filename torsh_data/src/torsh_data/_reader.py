@@ -1,6 +1,6 @@
 """Reading one batch, here or in a worker."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from time import perf_counter
 from typing import Any, TypeAlias, cast
@@ -11,6 +11,7 @@ from torch.utils.data import Dataset, default_collate, get_worker_info
 from torsh_data._dataset import ShardedDataset
 from torsh_data._order import Ids
 from torsh_data._parcel import Parcel, pack, unpack
+from torsh_data._replaced import Reports, sharded_in
 from torsh_data._requests import Request
 from torsh_data._rng import sample_keys, stream
 
@@ -29,14 +30,15 @@ class Delivery:
         samples: Samples in it.
         read_s: Seconds of reading and transforming.
         collate_s: Seconds of putting samples together.
-        errors: Samples that a worker process replaced for the first time, and why.
+        errors: Samples that a worker process replaced for the first time, and why, for each data
+            set of `sharded_in`; empty if there are none.
     """
 
     content: Batch | Parcel
     samples: int
     read_s: float
     collate_s: float
-    errors: Mapping[int, str]
+    errors: Sequence[Mapping[int, str]]
 
     def batch(self) -> Batch:
         """The batch as the loop gets it."""
@@ -50,7 +52,7 @@ class Reader(Dataset[Delivery]):
         self, dataset: Dataset[Any], collate: Collate | None, seed: int, pad: bool
     ) -> None:
         self.dataset, self.collate, self.seed, self.pad = dataset, collate, seed, pad
-        self._told = set[int]()
+        self._reports = Reports(sharded_in(dataset))
 
     def __getitem__(self, index: Request) -> Delivery:
         request = index
@@ -63,17 +65,8 @@ class Reader(Dataset[Delivery]):
         read = perf_counter()
         batch = self._mark(self._collated(samples), request)
         content = pack(batch) if get_worker_info() and isinstance(batch, dict) else batch
-        return Delivery(
-            content, len(request.ids), read - begun, perf_counter() - read, self._new_errors()
-        )
-
-    def _new_errors(self) -> dict[int, str]:
-        """What another process does not know yet."""
-        if get_worker_info() is None or not isinstance(self.dataset, ShardedDataset):
-            return {}
-        new = {k: why for k, why in self.dataset.errors.items() if k not in self._told}
-        self._told.update(new)
-        return new
+        errors = self._reports.take() if get_worker_info() else []
+        return Delivery(content, len(request.ids), read - begun, perf_counter() - read, errors)
 
     def _mark(self, batch: Batch, request: Request) -> Batch:
         """Add what a loader adds to batches of mappings."""

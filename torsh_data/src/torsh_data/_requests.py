@@ -25,9 +25,9 @@ class EpochOrder(Protocol):
 
 
 def share(rest: int, rank: int, world: int) -> tuple[int, int]:
-    """Offset and size of a rank's part of an incomplete global batch."""
-    start = rest * rank // world
-    return start, rest * (rank + 1) // world - start
+    """Offset and size of a rank's part of an incomplete global batch; rank 0 has the most."""
+    start = -(-rest * rank // world)
+    return start, -(-rest * (rank + 1) // world) - start
 
 
 @dataclass(frozen=True)

@@ -13,21 +13,27 @@ import numpy as np
 from torch.utils.data import Dataset
 
 from torsh_data._cache_file import CacheFile
-from torsh_data._cache_folder import file_name, join, leave, open_shared, peek
+from torsh_data._cache_folder import (
+    file_name,
+    join,
+    leave,
+    open_shared,
+    peek,
+    remove_abandoned,
+)
 from torsh_data._dataset import Transform, _takes_two
 from torsh_data._fingerprint import identify
 from torsh_data._machine import ranks_here, usable_memory
 from torsh_data._rng import generator, sample_keys, stream
 from torsh_data._sample_key import leaves, sample_key
-from torsh_data._sample_layout import Layout, UnfitError, aligned, describe
+from torsh_data._sample_layout import Layout, UnfitError
+from torsh_data._sample_probe import PROBES, REMEDY, probe
 from torsh_data._sizes import format_bytes, parse_bytes
 
 Where: TypeAlias = Literal["ram", "shm", "disk"]
 
 _SHM = Path("/dev/shm")  # noqa: S108 - shared memory, where the user asked for it
-_PROBES = 3
 _SHARE = 0.9  # of the room that is left, so that others find some too
-_OTHER_STREAM = (0x5EED, 0xE70C)  # a seed and an epoch that no loader is likely to read with
 
 
 @dataclass(frozen=True)
@@ -68,7 +74,14 @@ class SampleCache(Dataset[Any]):
     another structure goes by uncached, with a warning.
 
     What is random must come after the cache, as `transform` here: it is called as that of a
-    `ShardedDataset` would be, and draws the same numbers for the same (seed, epoch, sample).
+    `ShardedDataset` would be, and draws the same numbers for the same (seed, epoch, sample). As
+    there, the sample's number is that in the data set that has the transform: for a loader of
+    `Subset(cache, ...)` that is not the number in the subset, from which `batch["key"]` comes.
+
+    Randomness inside is looked for in the first three samples. They are read twice, each must come
+    out the same, and reading must not draw from the global generators of Python, NumPy or torch.
+    What is not found is a generator of the transform's own that changes none of the three, and
+    draws that only later samples make.
 
     When `bytes` are full, further samples go by uncached, and nothing is evicted: training reads
     each sample once an epoch, so whatever is evicted would be wanted before what replaces it, and
@@ -80,12 +93,20 @@ class SampleCache(Dataset[Any]):
     Args:
         dataset: A map-style data set; `__getitems__` is used if there.
         where: `"ram"` is memory of this process and the workers it starts. `"shm"` is /dev/shm,
-            shared by all ranks of this user and removed with the last process. `"disk"` is a file
-            in `folder`, found again by the next run.
-        bytes: Most that the samples may take (`"32GB"`); less if less is free.
-        key: A text that stands for what the data set's transform does, where its code alone does
-            not tell: for instance the version of a model that it runs. Samples of another key,
-            another transform or other files are never read.
+            shared by all ranks of this user and removed with the last process; if that is killed,
+            the memory is given back by the next `SampleCache` of any kind that this user makes.
+            `"disk"` is a file in `folder`, found again by the next run.
+        bytes: Most that the samples may take (`"32GB"`); less if less is free. The file grows with
+            them. Another size than the last time's counts, unless more is stored already or other
+            processes use the file.
+        key: A text by which you vouch for the samples of `"shm"` and `"disk"`: it has to change
+            with whatever changes them, and the transform's code is not looked at. Without it,
+            samples are known by the data set's `fingerprint`, its columns and the transform: its
+            code and arguments, and the values, functions and classes that it names, in modules of
+            your own that it names too, as they are when the cache is made. Of installed packages
+            the version counts. Not seen are files that the transform reads, names that it makes up
+            (`getattr`), imports inside functions, and the code of a data set class. With a key,
+            reading may also draw from the global generators, if it has no effect on the samples.
         transform: Called with each sample that leaves the cache, or with the sample and
             a `numpy.random.Generator` if it takes two arguments.
         folder: Of the file, if `where` is `"disk"`.
@@ -95,8 +116,8 @@ class SampleCache(Dataset[Any]):
         limit: Bytes that the samples may take.
 
     Raises:
-        ValueError: If the data set's transform is random, or the contents cannot be told from those
-            of another data set, or there is no room.
+        ValueError: If the data set's transform is found to be random, or the contents cannot be
+            told from those of another data set, or there is no room.
 
     Example:
         >>> import torch
@@ -135,7 +156,7 @@ class SampleCache(Dataset[Any]):
         if rows < 1:
             raise ValueError("dataset is empty")
         if any(getattr(part, "_wants_rng", False) for part in leaves(dataset)):
-            raise ValueError(f"the data set's transform takes a generator; {_REMEDY}")
+            raise ValueError(f"the data set's transform takes a generator; {REMEDY}")
         self.dataset = dataset
         self.where: Where = where
         self.transform = transform
@@ -145,6 +166,9 @@ class SampleCache(Dataset[Any]):
         home = _SHM if where == "shm" else Path(folder or ".")
         wanted = parse_bytes(bytes, "bytes")
         self._users = -1
+        self._is_told = False
+        if where != "shm" and _SHM.is_dir():
+            remove_abandoned(_SHM)
         if where == "ram":
             if ranks_here() > 1:
                 warnings.warn(
@@ -152,77 +176,76 @@ class SampleCache(Dataset[Any]):
                     "for all",
                     stacklevel=2,
                 )
-            description, probes = self._probe()
-            limit = self._fit(wanted, usable_memory() // ranks_here(), description, "memory")
+            description, probes = probe(dataset, may_draw=key is not None)
+            free = usable_memory() // ranks_here()
+            limit = self._fit(wanted, free, description, "memory", 0, 0)
             self._file = CacheFile(os.memfd_create("torsh-samples"), description, rows, limit)
         else:
             home.mkdir(parents=True, exist_ok=True)
-            known = peek(home, name)
-            description, probes = self._probe() if known is None else (known, list[Any]())
+            known, stored, used = peek(home, name) or (None, 0, 0)
+            description, probes = known, list[Any]()
+            if description is None:
+                description, probes = probe(dataset, may_draw=key is not None)
             there = _taken(home, name)
             free = shutil.disk_usage(home).free + there
             if where == "shm":
                 free = min(free, usable_memory() + there)
-            limit = self._fit(wanted, free, description, str(home))
+            limit = self._fit(wanted, free, description, str(home), stored, used)
             self._file, self._users = open_shared(
-                home, name, description, rows, limit, keep=where == "disk"
+                home, name, description | {"asked": wanted}, rows, limit, keep=where == "disk"
             )
+            if known is not None:
+                self._compare(home / file_name(name), wanted, known["asked"], used)
         self.limit = self._file.limit
+        if self._is_told:
+            self._file.warn_once("room")
         self._layout = Layout(self._file.description["layout"])
         for row, sample in enumerate(probes):
             self._store(row, sample)
         self._hold()
 
-    def _probe(self) -> tuple[dict[str, Any], list[Any]]:
-        """Read a few samples twice, which tells their structure, their size and random ones."""
-        probes = []
-        size = 0
-        layout: Layout | None = None
-        for row in range(min(_PROBES, len(self))):
-            sample = cast("Any", self.dataset)[row]
-            token = stream.set(_OTHER_STREAM)
-            try:
-                again = cast("Any", self.dataset)[row]
-            finally:
-                stream.reset(token)
-            try:
-                layout = layout or Layout(describe(sample))
-                stored = layout.encode(sample)
-                is_same = _as_bytes(stored) == _as_bytes(layout.encode(again))
-            except UnfitError as error:
-                if layout is None:
-                    raise ValueError(f"sample {row}: {error}") from None
-                continue
-            if not is_same:
-                raise ValueError(
-                    f"sample {row} differs when it is read twice, so its transform is random; "
-                    + _REMEDY
-                )
-            size += 64 + aligned(stored[2])
-            probes.append(sample)
-        spec = cast("Layout", layout).spec
-        return {"layout": spec, "sample_bytes": size // max(1, len(probes))}, probes
+    def _fit(
+        self, wanted: int, free: int, description: dict[str, Any], place: str, known: int, used: int
+    ) -> int:
+        """The limit that there is room for; warns if that is less than wanted and needed.
 
-    def _fit(self, wanted: int, free: int, description: dict[str, Any], place: str) -> int:
-        """The limit that there is room for; warns if that is less than wanted and needed."""
-        limit = min(wanted, int(free * _SHARE))
+        `known` samples are there already and take `used` bytes.
+        """
+        limit = max(used, min(wanted, int(free * _SHARE)))
         each, rows = description["sample_bytes"], len(self)
         if limit < each:
             raise ValueError(
                 f"where={self.where!r}: {place} has {format_bytes(free)} free, and one sample "
                 f"takes {format_bytes(each)}{_SHM_REMEDY if self.where == 'shm' else ''}"
             )
+        each = used / known if known else each
         if limit < each * rows:
-            has = (
-                f"{place} has {format_bytes(free)} free" if limit < wanted else f"bytes={wanted:,}"
-            )
-            remedy = _SHM_REMEDY if limit < wanted and self.where == "shm" else ""
+            is_asked = wanted <= max(used, free * _SHARE)
+            has = f"bytes={wanted:,}" if is_asked else f"{place} has {format_bytes(free)} free"
+            remedy = _SHM_REMEDY if not is_asked and self.where == "shm" else ""
             warnings.warn(
-                f"{has}, and all {rows:,} samples take about {format_bytes(each * rows)}: "
-                f"{limit / (each * rows):.1%} of them will be cached{remedy}",
+                f"{has}, and all {rows:,} samples take about {format_bytes(int(each * rows))} if "
+                f"they are like the first {known or PROBES:,}: about {limit / (each * rows):.1%} "
+                f"of them will be cached{remedy}",
                 stacklevel=3,
             )
-        return min(limit, 2 * each * rows + (64 << 20))  # sizes differ; address space is not free
+            self._is_told = True
+        return limit
+
+    def _compare(self, path: Path, wanted: int, was_asked: int, used: int) -> None:
+        """Warn if a file that was there has another limit than was asked for."""
+        if self._file.description["asked"] != wanted:
+            warnings.warn(
+                f"bytes={wanted:,}, but another process uses {path} with bytes={was_asked:,}, "
+                "which holds for all until the last has closed it; give the same everywhere",
+                stacklevel=3,
+            )
+        elif wanted < used:
+            warnings.warn(
+                f"bytes={wanted:,}, but the samples in {path} take {used:,} bytes; they stay, and "
+                "no others are stored. Remove the file to keep fewer",
+                stacklevel=3,
+            )
 
     def _hold(self) -> None:
         self._end: weakref.finalize[Any, Any] = weakref.finalize(
@@ -279,12 +302,20 @@ class SampleCache(Dataset[Any]):
         try:
             table, parts, size = self._layout.encode(sample)
         except UnfitError as error:
-            if self._file.warn_once():
+            if self._file.warn_once("structure"):
                 warnings.warn(
                     f"sample {row} is not cached, nor are others like it: {error}", stacklevel=4
                 )
             return
-        self._file.write(row, table, parts, size)
+        has_room = self._file.write(row, table, parts, size) or self._file.places[row]
+        if not has_room and self._file.warn_once("room"):
+            stats = self.stats()
+            warnings.warn(
+                f"the cache has no room for sample {row}: {stats.samples:,} of {stats.rows:,} "
+                f"samples take {format_bytes(stats.used)} of {format_bytes(stats.limit)}; the "
+                "others are read each time",
+                stacklevel=4,
+            )
 
     def _transformed(self, rows: list[int], samples: list[Any]) -> list[Any]:
         if self.transform is None:
@@ -312,15 +343,7 @@ class SampleCache(Dataset[Any]):
         self._hold()
 
 
-_REMEDY = (
-    "its first result would be used for ever. Take it out of the data set and give it to the "
-    "cache, SampleCache(dataset, transform=...), which applies it to each sample that leaves it"
-)
 _SHM_REMEDY = "; in a container, make /dev/shm larger (docker run --shm-size=32g) or use 'disk'"
-
-
-def _as_bytes(stored: tuple[bytes, list[Any], int]) -> tuple[bytes, ...]:
-    return stored[0], *(bytes(part) for part in stored[1])
 
 
 def _taken(home: Path, name: str) -> int:

@@ -1,10 +1,14 @@
 """A name for the contents of a data set's samples, its transform included."""
 
+import dis
 import functools
+import logging
+import re
 import sys
 import types
 from collections.abc import Iterator, Mapping
 from enum import Enum
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,6 +18,7 @@ import xxhash
 from torsh_data._fingerprint import identify
 
 _ATOMS = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, Enum)
+_BY_NAME = (types.BuiltinFunctionType, types.MethodDescriptorType, np.ufunc, types.ModuleType)
 
 
 def sample_key(dataset: Any, key: str | None, *, must_be_certain: bool) -> str:
@@ -21,7 +26,8 @@ def sample_key(dataset: Any, key: str | None, *, must_be_certain: bool) -> str:
 
     Args:
         dataset: The data set.
-        key: The user's own name for what the transform does; None looks at the transform's code.
+        key: The user's own name for what the transform does; None looks at the transform's code
+            and at what that names.
         must_be_certain: Whether samples of another process will go by that name.
 
     Raises:
@@ -40,10 +46,11 @@ def sample_key(dataset: Any, key: str | None, *, must_be_certain: bool) -> str:
                 "ones; give key=, a text that changes with the files and with what is done to them"
             )
         try:
-            digest.update("\n".join(_code(getattr(part, "transform", None), set())).encode())
-        except TypeError as error:
+            digest.update("\n".join(_code(getattr(part, "transform", None), {})).encode())
+        except (TypeError, RecursionError) as error:
+            what = error if isinstance(error, TypeError) else "objects in objects, too deep to see"
             raise ValueError(
-                f"transform holds {error}, whose meaning cannot be told from its code; give key=, "
+                f"transform holds {what}, whose meaning cannot be told from its code; give key=, "
                 "a text that changes with what the transform does"
             ) from None
     return digest.hexdigest()
@@ -63,15 +70,15 @@ def leaves(dataset: Any) -> Iterator[Any]:
         yield from leaves(part)
 
 
-def _code(value: Any, seen: set[int]) -> Iterator[str]:
-    """What a value does, line by line: names, constants and bytecode."""
+def _code(value: Any, seen: dict[int, Any]) -> Iterator[str]:
+    """What a value does, line by line: names, constants, bytecode, and what that names."""
     if isinstance(value, _ATOMS):
         yield f"{type(value).__name__} {value!r}"
         return
     if id(value) in seen:
         yield "again"
         return
-    seen.add(id(value))
+    seen[id(value)] = value  # kept, because another value could get its id
     if isinstance(value, torch.Tensor):
         value = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
     if isinstance(value, np.ndarray) and value.dtype.kind != "O":
@@ -93,32 +100,79 @@ def _code(value: Any, seen: set[int]) -> Iterator[str]:
         yield from _code(value.__kwdefaults__, seen)
         for cell in value.__closure__ or ():
             yield from _code(cell.cell_contents, seen)
+        if _is_own(value.__module__):
+            for name, found in _named(value.__code__, value.__globals__):
+                yield name
+                yield from _code(found, seen)
+        else:
+            yield _version(value.__module__)
     elif isinstance(value, types.CodeType):
         yield f"{sys.version_info[:2]} {value.co_code.hex()} {value.co_names}"
         yield from _code(value.co_consts, seen)
     elif isinstance(value, types.MethodType):
+        yield from _code((value.__func__, value.__self__), seen)
+    elif isinstance(value, (staticmethod, classmethod)):
         yield from _code(value.__func__, seen)
-        yield from _code(value.__self__, seen)
+    elif isinstance(value, (property, functools.cached_property)):
+        yield from _code(value.fget if isinstance(value, property) else value.func, seen)
     elif isinstance(value, functools.partial):
         yield "partial"
         yield from _code((value.func, value.args, value.keywords), seen)
-    elif isinstance(value, (type, types.BuiltinFunctionType, types.ModuleType)):
-        yield f"{getattr(value, '__module__', '')}.{getattr(value, '__qualname__', value.__name__)}"
+    elif isinstance(value, type):
+        yield from _class_code(value, seen)
+    elif isinstance(value, _BY_NAME):
+        module = getattr(value, "__module__", None) or value.__name__
+        yield f"{module}.{getattr(value, '__qualname__', '')} {_version(module)}"
+    elif isinstance(value, re.Pattern):
+        yield f"pattern {value.pattern!r} {value.flags}"
+    elif isinstance(value, logging.Logger):
+        yield "logger"
     elif hasattr(value, "__dict__"):
-        yield from _object_code(value, seen)
+        yield from _class_code(type(value), seen)
+        yield from _code(vars(value), seen)
     else:
         raise TypeError(f"a {type(value).__module__}.{type(value).__qualname__}")
 
 
-def _object_code(value: Any, seen: set[int]) -> Iterator[str]:
-    kind = type(value)
-    yield f"{kind.__module__}.{kind.__qualname__}"
-    library = sys.modules.get(kind.__module__.partition(".")[0])
-    yield str(getattr(library, "__version__", None))
+def _class_code(kind: type, seen: dict[int, Any]) -> Iterator[str]:
     for base in kind.__mro__:
-        if base.__module__.partition(".")[0] not in ("builtins", "torch", "torchvision"):
-            for name, member in vars(base).items():
-                if isinstance(member, types.FunctionType):
-                    yield name
-                    yield from _code(member, seen)
-    yield from _code(vars(value), seen)
+        yield f"{base.__module__}.{base.__qualname__}"
+        if not _is_own(base.__module__):
+            yield _version(base.__module__)
+            continue
+        for name, member in vars(base).items():
+            is_code = isinstance(member, (types.FunctionType, staticmethod, classmethod))
+            is_value = not name.startswith(("__", "_abc_")) and not hasattr(member, "__objclass__")
+            if is_code or is_value:
+                yield name
+                yield from _code(member, seen)
+
+
+def _named(code: types.CodeType, scope: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """The global values that a function names, and those that it may mean in modules it names."""
+    for instruction in dis.get_instructions(code):
+        if instruction.opname in ("LOAD_GLOBAL", "LOAD_NAME") and instruction.argval in scope:
+            found = scope[instruction.argval]
+            yield instruction.argval, found
+            if isinstance(found, types.ModuleType) and _is_own(found.__name__):
+                inner = vars(found)
+                yield from ((name, inner[name]) for name in code.co_names if name in inner)
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):  # functions and comprehensions inside
+            yield from _named(constant, scope)
+
+
+def _is_own(module: str | None) -> bool:
+    """Whether a module's code may change without another version: it is not installed."""
+    package = (module or "").partition(".")[0]
+    if package in (*sys.stdlib_module_names, __name__.partition(".")[0]):
+        return False
+    if package == "__main__":  # of a notebook, too, whose file is that of an installed package
+        return True
+    file = getattr(sys.modules.get(package), "__file__", None) or ""
+    return not {"site-packages", "dist-packages"} & set(Path(file).parts)
+
+
+def _version(module: str | None) -> str:
+    package = sys.modules.get((module or "").partition(".")[0])
+    return str(getattr(package, "__version__", None))

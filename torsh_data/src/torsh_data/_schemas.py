@@ -28,6 +28,32 @@ def shared_schema(shards: Sequence[Shard]) -> pa.Schema:
     return first
 
 
+def chosen_columns(columns: Sequence[str] | None, names: Sequence[str]) -> list[str]:
+    """The columns that `columns=` chooses out of `names`."""
+    if columns is None:
+        return list(names)
+    if isinstance(columns, str) or not all(isinstance(name, str) for name in columns):
+        raise TypeError(f"columns={columns!r} must be a list of names, such as {list(names)[:1]}")
+    chosen = list(columns)
+    if not chosen:
+        raise ValueError(f"columns=[] leaves nothing; choose from {list(names)}, or give None")
+    for k, name in enumerate(chosen):
+        if name not in names:
+            raise ValueError(f"columns: no column {name!r}; there are {list(names)}")
+        if name in chosen[:k]:
+            raise ValueError(f"columns={chosen} has {name!r} twice")
+    return chosen
+
+
+def retyped(schema: pa.Schema, given: pa.Schema | None) -> pa.Schema:
+    """A schema with the fields of `given` in place of its own of the same names."""
+    wanted = {field.name: field for field in given or ()}
+    unknown = [name for name in wanted if name not in schema.names]
+    if unknown:
+        raise ValueError(f"schema: no column {unknown[0]!r}; there are {schema.names}")
+    return pa.schema([wanted.get(field.name, field) for field in schema])
+
+
 def _united_schema(shards: Sequence[Shard]) -> pa.Schema:
     fields: dict[str, pa.Field] = {}
     for shard in shards:

@@ -1,5 +1,6 @@
 """What a data set asks of a file: rows in blocks. Here, the shards that `write_shards` wrote."""
 
+import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -8,6 +9,7 @@ from typing import Literal, TypeAlias
 import pyarrow as pa
 
 from torsh_data._columns import Array, Getter, Value, getter
+from torsh_data._file_column import file_getter
 from torsh_data._files import DataFile, LocalFile
 from torsh_data._index import INDEX_NAME, ShardEntry, hash_bytes
 
@@ -51,10 +53,18 @@ class Block(ABC):
 class ArrowBlock(Block):
     """A record batch, used where it lies."""
 
-    def __init__(self, batch: pa.RecordBatch, fields: Sequence[pa.Field]) -> None:
-        pairs = [getter(field, batch.column(field.name)) for field in fields]
+    def __init__(
+        self, batch: pa.RecordBatch, fields: Sequence[pa.Field], *, is_local: bool = False
+    ) -> None:
+        pairs: list[tuple[Getter, Array | None]] = []
+        for wanted in fields:
+            column = batch.column(wanted.name)
+            get = file_getter(column, is_local=is_local)
+            pairs.append(getter(wanted, column) if get is None else (get, None))
         self.getters: list[Getter] = [get for get, _ in pairs]
         self.tensors = [rows for _, rows in pairs]
+        self.source: object = None
+        """What is kept open for as long as this block is."""
         self._named = [(field.name, get) for field, get in zip(fields, self.getters, strict=True)]
 
     def sample(self, row: int) -> Sample:
@@ -71,6 +81,8 @@ class Shard(ABC):
     """What the data set's fingerprint knows of this file."""
     is_remote: bool = False
     """Whether reading a block may take a request to another machine."""
+    is_fetched_whole: bool = False
+    """Whether reading a block brings the whole file into the store."""
 
     @property
     def blocks(self) -> int:
@@ -79,6 +91,14 @@ class Shard(ABC):
     @abstractmethod
     def schema(self) -> pa.Schema:
         """The columns."""
+
+    def choose(self, columns: Sequence[str]) -> None:
+        """Say which columns will be read, before a block is."""
+        del columns
+
+    def decoded_bytes(self) -> int:
+        """Memory that all blocks would take in each process; 0 if they are used where they lie."""
+        return 0
 
     @abstractmethod
     def open(self, block: int, fields: Sequence[pa.Field]) -> Block:
@@ -106,7 +126,7 @@ class IndexedShard(Shard):
     entry: ShardEntry
     verify: Verify
     known_schema: pa.Schema | None = None
-    _mapped: "MappedArrow | None" = field(default=None, repr=False)
+    _mapped: "weakref.ref[MappedArrow] | None" = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         self.path = self.file.name
@@ -128,15 +148,17 @@ class IndexedShard(Shard):
         return any(pa.types.is_dictionary(field.type) for field in self.schema())
 
     def _open(self) -> "MappedArrow":
-        if self._mapped is None:
+        mapped = None if self._mapped is None else self._mapped()
+        if mapped is None:
             content = self.file.whole().content
             if self.verify != "never":  # a damaged footer must not reach the parser
                 start = self.entry.starts[-1]
                 damage = self._compare(memoryview(content)[start:], self.blocks)
                 if damage is not None:
                     raise RuntimeError(str(damage))
-            self._mapped = MappedArrow(content, self.path)
-        return self._mapped
+            mapped = MappedArrow(content, self.path)
+            self._mapped = weakref.ref(mapped)
+        return mapped
 
     def _compare(self, part: memoryview, block: int) -> Damage | None:
         expected = [*self.entry.xxh3, self.entry.tail][block]
@@ -167,6 +189,7 @@ class IndexedShard(Shard):
             mapped = self._open()
             batch = mapped.reader.get_batch(block).select([field.name for field in fields])
             opened = ArrowBlock(batch, fields)
+            opened.source = mapped
             opened.in_memory = mapped.bytes_outside(batch)
             return opened
         view = self.file.part(*self._range(block), lambda part: self._check(part, block))
@@ -180,6 +203,12 @@ class IndexedShard(Shard):
         opened.in_memory += bytes_outside(batch, view.content)
         opened.leased = view.content.size
         return opened
+
+    def decoded_bytes(self) -> int:
+        if self.verify != "never" and self.damage(0) is not None:  # whoever reads it is told
+            return 0
+        opened = self.open(0, list(self.schema()))
+        return opened.in_memory * self.entry.rows // self.block_rows[0]
 
     def prepare(self, block: int) -> None:
         self.file.prepare(*self._range(block), lambda part: self._check(part, block))
@@ -198,10 +227,14 @@ class IndexedShard(Shard):
 class MappedArrow:
     """An open Arrow IPC file whose blocks are slices of the mapping."""
 
-    def __init__(self, content: pa.Buffer, path: str) -> None:
+    def __init__(self, content: pa.Buffer, path: str, columns: Sequence[str] | None = None) -> None:
         self.content = content
         try:
             self.reader = pa.ipc.open_file(content)
+            if columns is not None:  # others would be decompressed as well
+                numbers = [self.reader.schema.get_field_index(name) for name in columns]
+                options = pa.ipc.IpcReadOptions(included_fields=numbers)
+                self.reader = pa.ipc.open_file(content, options=options)
         except pa.ArrowInvalid as error:
             raise RuntimeError(f"{path} is not a readable Arrow IPC file: {error}") from error
 

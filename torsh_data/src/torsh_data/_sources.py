@@ -12,11 +12,14 @@ from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 import pyarrow as pa
 
-from torsh_data._arrow_shards import ArrowShard, ParquetShard
+from torsh_data._arrow_shards import ArrowShard
+from torsh_data._braces import expand
 from torsh_data._files import DataFile, LocalFile, Remote, RemoteFile
-from torsh_data._hf import HubShard, is_hub_dataset
+from torsh_data._hf import HubShard, is_hub_dataset, is_saved, load_saved
 from torsh_data._index import INDEX_NAME, ShardEntry, read_index
 from torsh_data._jsonl_shards import JsonlShard
+from torsh_data._nothing import REMEDIES, explain, refuse_samples
+from torsh_data._parquet_shards import ParquetShard
 from torsh_data._shards import IndexedShard, Shard, Verify
 from torsh_data._store import Sink, Store
 from torsh_data._tar_shards import Decode, TarShard
@@ -59,31 +62,34 @@ class Reading:
 
 def open_source(source: Source, reading: Reading) -> tuple[list[Shard], Store | None]:
     """The shards of a source, and the store that they go through if they need one."""
+    if isinstance(source, (str, os.PathLike)) and not is_url(source) and is_saved(Path(source)):
+        source = load_saved(Path(source))
     if is_hub_dataset(source):
         return [HubShard(source)], None
     is_list = not isinstance(source, str) and not hasattr(source, "__fspath__")
-    locations: list[Location] = list(cast("Any", source)) if is_list else [cast("Any", source)]
+    if is_list:
+        refuse_samples(source)
+    locations: list[Location] = list(cast("Any", source)) if is_list else _expanded(source)
     if locations and all(is_url(location) for location in locations):
         return _open_remote([str(url) for url in locations], reading)
     mixed = [location for location in locations if is_url(location)]
     if mixed:
         raise ValueError(f"source has URLs such as {mixed[0]!r} beside paths; give only one kind")
-    paths = [Path(p) for p in locations] if is_list else _find_local(Path(locations[0]))
+    paths = [path for place in locations for path in _find_local(Path(place), is_list=is_list)]
     if not paths:
-        raise _nothing(source)
+        raise explain(source, _FORMATS)
     return _open_local(paths, reading)
+
+
+def _expanded(source: Any) -> list[Location]:
+    if not isinstance(source, str) or Path(source).exists():
+        return [source]
+    return list(expand(source))
 
 
 def is_url(location: Location) -> bool:
     """Whether a location is a URL, and not of a file on this machine."""
     return isinstance(location, str) and "://" in location and not location.startswith("file://")
-
-
-def _nothing(source: object) -> FileNotFoundError:
-    return FileNotFoundError(
-        f"source={source!r}: no {_FORMATS} files there; a folder without an {INDEX_NAME} may be "
-        "one whose writer did not finish"
-    )
 
 
 def _format(name: str) -> tuple[str, str | None]:
@@ -92,7 +98,7 @@ def _format(name: str) -> tuple[str, str | None]:
     packed = _PACKED.get(path.suffix)
     kind = (path.with_suffix("") if packed else path).suffix
     if kind not in _READERS or (packed and _READERS[kind] is not JsonlShard):
-        remedy = ": unpack it first" if packed or path.suffix == ".tgz" else ""
+        remedy = REMEDIES.get(path.suffix.lower(), "")
         raise ValueError(
             f"{name}: reads {_FORMATS} files only (.jsonl also as .gz or .zst){remedy}"
         )
@@ -117,7 +123,7 @@ def _entries(path: "Path | _RemoteIndex", metadata: dict[str, Any]) -> dict[str,
     return {entry.name: entry for entry in entries}
 
 
-def _find_local(path: Path) -> list[Path]:
+def _find_local(path: Path, *, is_list: bool) -> list[Path]:
     text = str(path).removeprefix("file:") if str(path).startswith("file:") else str(path)
     path = Path(text)
     if path.is_dir():
@@ -126,7 +132,12 @@ def _find_local(path: Path) -> list[Path]:
         return sorted(p for p in path.iterdir() if _is_readable(p.name))
     if path.is_file():
         return [path]
-    return sorted(map(Path, glob.glob(str(path), recursive=True)))  # noqa: PTH207
+    found = sorted(map(Path, glob.glob(str(path), recursive=True)))  # noqa: PTH207
+    if not found and is_list and not glob.has_magic(str(path)):
+        return [path]  # that it is missing is said with what an index knows of it
+    if not found:
+        raise explain(str(path), _FORMATS)
+    return found
 
 
 def _open_local(paths: list[Path], reading: Reading) -> tuple[list[Shard], Store | None]:
@@ -226,7 +237,7 @@ def _open_remote(urls: list[str], reading: Reading) -> tuple[list[Shard], Store]
         path = remote.path.rstrip("/")
         entries, listing = _look(remote, path, url, reading.metadata)
         if not entries and not listing:
-            raise _nothing(url)
+            raise explain(url, _FORMATS)
         schema: pa.Schema | None = None
         if entries:
             for name, entry in entries.items():

@@ -11,6 +11,7 @@ from torsh_data._workers import Workers
 Bottleneck: TypeAlias = Literal["none", "step", "read", "collate", "transfer"]
 
 _IDLE = 0.1  # share of the time for which a loop may wait before the loader counts as slow
+_MOST = 64  # workers that are advised
 _BUSY = 0.7  # share of the time from which workers count as fully used
 
 
@@ -28,6 +29,7 @@ class LoaderStats:
         collate_s: Seconds of putting samples together, summed over workers.
         workers: `"process"` or `"thread"`.
         num_workers: How many there are.
+        busy: Share of the time for which they worked, from when each had delivered its first batch.
     """
 
     batches: int
@@ -39,6 +41,7 @@ class LoaderStats:
     collate_s: float
     workers: Workers
     num_workers: int
+    busy: float
 
     @property
     def samples_per_s(self) -> float:
@@ -49,24 +52,23 @@ class LoaderStats:
 
     @property
     def bottleneck(self) -> Bottleneck:
-        """What limits the loop; `"none"` before the second batch.
+        """What limits the loop; `"none"` before the second batch of a worker.
 
         Its own `"step"`, or the loader's `"read"`, `"collate"` or `"transfer"` between processes.
         """
         spent = self.wait_s + self.step_s
-        if self.batches < 2 or not spent:
+        if self.batches <= max(1, self.num_workers) or not spent:
             return "none"
         if self.wait_s < _IDLE * spent:
             return "step"
         slower: Bottleneck = "read" if self.read_s >= self.collate_s else "collate"
         if not self.num_workers:
             return slower
-        busy = (self.read_s + self.collate_s) / (self.num_workers * (self.start_s + spent))
-        return slower if busy > _BUSY or self.workers == "thread" else "transfer"
+        return slower if self.busy > _BUSY or self.workers == "thread" else "transfer"
 
     def __str__(self) -> str:
         if self.bottleneck == "none":
-            return "nothing measured yet: take two batches or more"
+            return f"nothing measured yet: take {max(1, self.num_workers) + 1} batches or more"
         spent = self.wait_s + self.step_s
         made = self.read_s + self.collate_s
         per_batch = 1000 / self.batches
@@ -92,7 +94,7 @@ class LoaderStats:
             enough = -(-made // self.step_s) if self.step_s else 0
             advice += (
                 f"use num_workers={int(enough)} or more"
-                if enough > self.num_workers
+                if self.num_workers < enough <= _MOST
                 else "use more workers, a cheaper transform, or a SampleCache of decoded samples"
             )
         return "\n".join([*lines, advice])
@@ -106,6 +108,7 @@ class Stopwatch:
         self._num_workers = num_workers
         self._batches = self._samples = 0
         self._start = self._wait = self._step = self._read = self._collate = 0.0
+        self._since = self._until = self._before = 0.0
 
     def time(self, arriving: Iterator[Delivery]) -> Iterator[Batch]:
         """Pass batches on, and note how long they took to come and until the next was wanted."""
@@ -121,12 +124,17 @@ class Stopwatch:
             self._samples += delivery.samples
             self._read += delivery.read_s
             self._collate += delivery.collate_s
+            self._until = came
+            if self._batches <= self._num_workers:  # before that, some workers may not have started
+                self._since, self._before = came, self._read + self._collate
             yield batch
             asked = perf_counter()
             self._step += asked - came
 
     def stats(self) -> LoaderStats:
         """What was measured so far."""
+        had = self._num_workers * (self._until - self._since)
+        made = self._read + self._collate - self._before
         return LoaderStats(
             self._batches,
             self._samples,
@@ -137,4 +145,5 @@ class Stopwatch:
             self._collate,
             self._workers,
             self._num_workers,
+            min(1.0, made / had) if had else 0.0,
         )

@@ -3,7 +3,6 @@
 import io
 import json
 import math
-import struct
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,13 +15,14 @@ import torch
 
 from torsh_data._columns import HOLDS_TENSORS, Value
 from torsh_data._files import DataFile, RemoteFile
+from torsh_data._image_file import image_size
 from torsh_data._index import hash_bytes
-from torsh_data._plan import Plan
+from torsh_data._plan import Plan, sample_bytes
 from torsh_data._shards import Block, Sample, Shard
 from torsh_data._store import Store
 from torsh_data._tar import read_members
 
-Decode: TypeAlias = Literal["torch", "bytes"]
+Decode: TypeAlias = Literal["torch", "files", "bytes"]
 
 KEY = "__key__"
 _BLOCK_BYTES = 4 << 20
@@ -55,12 +55,12 @@ class TarShard(Shard):
         self.block_rows = np.diff(self._block_samples).tolist()
         self.nbytes = self.file.size
         name = PurePosixPath(self.path).name
-        self.identity = f"{name}:{len(self._samples) - 1}:{self.nbytes}:" + hash_bytes(
-            self._sizes.tobytes() + self._keys.tobytes()
-        )
+        members = hash_bytes(self._sizes.tobytes() + self._keys.tobytes())
+        self.identity = f"{name}:{len(self._samples) - 1}:{self.nbytes}:{members}:{plan.digest}"
 
     def _look(self) -> Plan:
-        content = memoryview(self.file.whole().content)
+        whole = self.file.whole().content
+        content = memoryview(whole)
         columns: dict[str, int] = {}
         starts: list[int] = []
         sizes: list[int] = []
@@ -70,6 +70,7 @@ class TarShard(Shard):
         headers: list[int] = []
         left_out: list[str] = []
         known: set[str] = set()
+        closed: set[str] = set()
         last: str | None = None
         for member in read_members(content, self.path):
             key, suffix = _split(member.name)
@@ -77,6 +78,13 @@ class TarShard(Shard):
                 left_out.append(member.name)
                 continue
             if key != last:
+                if key in closed:
+                    raise ValueError(
+                        f"{self.path}: {member.name!r} is not beside the other members of its "
+                        "sample; write the tar anew with the members of each sample together, "
+                        "such as tar --sort=name does"
+                    )
+                closed.add(key)
                 samples.append(len(starts))
                 keys.append(key.encode("utf-8", "surrogateescape"))
                 headers.append(member.header)
@@ -102,6 +110,7 @@ class TarShard(Shard):
                 block_ends.append(end)
         return Plan.make(
             pa.schema([(name, pa.binary()) for name in columns]),
+            sample_bytes(whole),
             starts=starts,
             sizes=sizes,
             columns=numbers,
@@ -145,8 +154,7 @@ class _TarBlock(Block):
     ) -> None:
         self._shard, self._content, self._start, self._first = shard, content, start, first
         self._wanted: list[tuple[str, Callable[[bytes], Value]]] = [
-            (field.name, bytes if shard.decode == "bytes" else _decoder(field.name))
-            for field in fields
+            (field.name, _decoder(field.name, shard.decode)) for field in fields
         ]
         self._numbers = {name: number for number, name in enumerate(shard._names)}
 
@@ -184,14 +192,14 @@ def _split(name: str) -> tuple[str, str]:
 
 def _field(name: str, decode: Decode) -> pa.Field:
     last = name.rpartition(".")[2]
-    if decode == "torch":
+    if decode != "bytes":
         if last in _NUMBERS:
             return pa.field(name, pa.int64())
         if last in _TEXTS:
             return pa.field(name, pa.string())
         if last in _JSONS:
             return pa.field(name, pa.json_())
-        if last == "npy" or last in _IMAGES:
+        if decode == "torch" and (last == "npy" or last in _IMAGES):
             return pa.field(name, pa.binary(), metadata=HOLDS_TENSORS)
     return pa.field(name, pa.binary())
 
@@ -207,14 +215,18 @@ def refuse_pickles(names: Sequence[str], path: str) -> None:
             )
 
 
-def _decoder(name: str) -> Callable[[bytes], Value]:
+def _decoder(name: str, decode: Decode) -> Callable[[bytes], Value]:
     last = name.rpartition(".")[2]
+    if decode == "bytes":
+        return bytes
     if last in _NUMBERS:
         return int
     if last in _TEXTS:
         return lambda content: content.decode("utf-8")
     if last in _JSONS:
         return json.loads
+    if decode == "files":
+        return bytes
     if last == "npy":
         return _read_npy
     if last in _IMAGES:
@@ -243,25 +255,8 @@ def _read_image(content: bytes) -> torch.Tensor:
             "images are decoded by torchvision: pip install 'torsh-data[vision]', or take the "
             "bytes with decode='bytes'"
         ) from error
-    height, width = _image_size(content)
+    height, width = image_size(content)
     if height * width > _MAX_PIXELS:
         raise ValueError(f"an image of {height} x {width} pixels is too large")
     data = torch.frombuffer(bytearray(content), dtype=torch.uint8)
     return cast("torch.Tensor", decode_image(data, ImageReadMode.RGB))
-
-
-def _image_size(content: bytes) -> tuple[int, int]:
-    if content[:8] == b"\x89PNG\r\n\x1a\n" and len(content) >= 24:
-        width, height = struct.unpack(">II", content[16:24])
-        return height, width
-    place = 2
-    while content[:2] == b"\xff\xd8" and place + 9 <= len(content) and content[place] == 0xFF:
-        marker = content[place + 1]
-        if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
-            height, width = struct.unpack(">HH", content[place + 5 : place + 9])
-            return height, width
-        if marker == 0xFF or 0xD0 <= marker <= 0xD9 or marker == 0x01:
-            place += 1 if marker == 0xFF else 2
-            continue
-        place += 2 + int.from_bytes(content[place + 2 : place + 4], "big")
-    raise ValueError("not a JPEG or PNG image")

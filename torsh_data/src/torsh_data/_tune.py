@@ -1,29 +1,17 @@
 """How many workers a data set needs on this machine, by trying."""
 
-import copy
 import math
-import multiprocessing
-import statistics
 import time
 from dataclasses import dataclass
-from itertools import count as numbers
-from pathlib import Path
-from typing import Any, Literal, TypeAlias, cast
+from typing import Any, cast
 
-import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
-from torsh_data._loader import StreamLoader
 from torsh_data._machine import ranks_here, usable_cpus, usable_memory
-from torsh_data._order import Order
-from torsh_data._parcel import Parcel, pack, unpack
-from torsh_data._reader import Collate, Reader
-from torsh_data._requests import Requests
+from torsh_data._reader import Collate
 from torsh_data._sizes import format_bytes, parse_bytes
-from torsh_data._transfer import move, tensors_in
+from torsh_data._trials import Bench, Here, Stage, Trial
 from torsh_data._workers import Workers
-
-Stage: TypeAlias = Literal["reading", "transform", "collate", "transport"]
 
 _KNEE = 1.1  # a step up has to bring this much, or the trials end
 _ENOUGH = 0.95  # the fewest workers that reach this share of the best are taken
@@ -31,26 +19,9 @@ _TRIVIAL = 2.0  # reading in the loop has to be that much faster than workers to
 _SHARE = 0.5  # of the memory that is left, for workers
 _UNEVEN = 2.0  # slowest batch by median batch, from which workers prepare more ahead
 _MOST = 64
-_WARM = 3  # batches that are no measure for the others
-
-
-@dataclass(frozen=True)
-class Trial:
-    """One setting and what it brought.
-
-    Attributes:
-        num_workers: How many workers.
-        workers: `"process"` or `"thread"`; 0 workers are neither.
-        samples_per_s: Samples a second, once all workers had started.
-        start_s: Seconds until the first batch came.
-        worker_bytes: Memory of one worker: its share of what processes share (PSS).
-    """
-
-    num_workers: int
-    workers: Workers
-    samples_per_s: float
-    start_s: float
-    worker_bytes: int
+_PROBE = 0.02  # of the budget, that a batch of the trials may take
+_HERE = 0.2  # of the budget, for reading without workers
+_TRIALS = 0.9  # of the budget, until the trials have ended
 
 
 @dataclass(frozen=True)
@@ -68,7 +39,7 @@ class LoaderPlan:
         cpus: Processors that this rank may use, by affinity and control groups.
         ranks: Ranks on this machine, which share processors and memory.
         ram: Bytes that workers may take.
-        reason: Why there are not more workers.
+        reason: Why there are not more workers, and what was not tried for want of time.
     """
 
     num_workers: int
@@ -128,17 +99,25 @@ def tune_workers(
 ) -> LoaderPlan:
     """Measure how many workers a `StreamLoader` of this data set should have here.
 
-    Real batches are read with 0, 1, 2, 4, ... workers, as processes and as threads, up to the
+    Samples are read with 0, 1, 2, 4, ... workers, as processes and as threads by turns, up to the
     processors that affinity and control groups leave to this rank, until more of them bring less
     than a tenth. The fewest workers within 5 % of the best are taken: each costs memory, and more
     than enough slow one another down. The count of processors alone tells none of this. No workers
     are the choice only if reading in the loop is twice as fast, because workers read while a step
     runs.
 
+    Where reading leaves the processor idle for most of its time, workers do not stand in each
+    other's way, so threads are tried before processes and, after one worker, the most of them first
+    and then fewer. Slow samples are read in smaller batches than `batch_size`. A trial that has
+    begun ends, but none begins that would not fit into the budget; the plan's `reason` names those
+    that were left out.
+
     Args:
         dataset: What the loader reads, with its transform.
         batch_size: Samples in a batch.
-        budget_s: Seconds to spend in all, about; the start of worker processes counts.
+        budget_s: Seconds to spend in all; the start of worker processes counts. It is passed by at
+            most the first start of a process, and by a few samples that take longer than a fiftieth
+            of it.
         ram: Bytes that the workers of this rank may take together (`"8GB"`); `"auto"` is half of
             what the machine and its control groups have left, divided by the ranks on the machine
             (LOCAL_WORLD_SIZE).
@@ -151,9 +130,10 @@ def tune_workers(
         ValueError: If an argument is out of range.
 
     Example:
+        >>> from torsh_data import StreamLoader
         >>> plan = tune_workers([{"x": n} for n in range(256)], batch_size=16, budget_s=0.5)
-        >>> plan.num_workers, plan.trials[0].num_workers
-        (0, 0)
+        >>> [trial.num_workers for trial in plan.trials][:2]
+        [0, 1]
         >>> loader = StreamLoader([{"x": 1}], 1, num_workers=plan.num_workers, workers=plan.workers)
     """
     if not budget_s > 0:
@@ -164,20 +144,30 @@ def tune_workers(
     ranks = ranks_here()
     cpus = usable_cpus() / ranks
     memory = int(usable_memory() * _SHARE / ranks) if ram == "auto" else parse_bytes(ram, "ram")
-    bench = _Bench(dataset, batch_size, collate_fn)
     begin = time.monotonic()
-    here = bench.stages(budget_s * 0.2)
-    trials = [Trial(0, "process", 1 / sum(here.seconds.values()), here.first_s, 0)]
-    reasons: dict[Workers, str] = {}
-    kinds: tuple[Workers, Workers] = ("process", "thread")
-    for kind in kinds:
-        left = budget_s * (0.6 if kind == "process" else 1.0) - (time.monotonic() - begin)
-        tried, reasons[kind] = _climb(bench, kind, cpus, memory, here, trials[0], left)
-        trials += tried
-    chosen, reason = _choose(trials, reasons)
+    bench = Bench(dataset, batch_size, collate_fn, probe_s=_PROBE * budget_s)
+    here = bench.stages(_HERE * budget_s)
+    most = min(_MOST, math.ceil(cpus), bench.rows // batch_size)
+    kinds: tuple[Workers, Workers] = ("thread", "process") if here.waits else ("process", "thread")
+    climbs = [_Climb(kind, most, here.waits, cpus) for kind in kinds]
+    none = Trial(0, "process", 1 / sum(here.seconds.values()), here.first_s, 0)
+    trials = [none]
+    while waiting := [climb for climb in climbs if climb.counts]:
+        for climb in waiting:
+            left = _TRIALS * budget_s - (time.monotonic() - begin)
+            each = left / sum(len(other.counts) for other in climbs)
+            if climb.may_go_on(left, here, memory):
+                trials.append(climb.go_on(bench, each, none))
+    chosen, reason = _choose(trials, {climb.kind: climb.limit for climb in climbs})
+    untried = [f"{count} {climb.kind}" for climb in climbs for count in climb.untried]
     stages = dict(here.seconds)
     if chosen.num_workers and chosen.workers == "process":
-        stages["transport"] = bench.transport(here.batch)
+        if time.monotonic() - begin + chosen.start_s < budget_s:
+            stages["transport"] = bench.transport(here.batch)
+        else:
+            untried.append("the transport between processes alone")
+    if untried:
+        reason += f"; not tried, as budget_s={budget_s:g} was too little: {', '.join(untried)}"
     factor = 4 if here.unevenness > _UNEVEN else 2
     ahead = chosen.num_workers * here.batch_bytes
     if factor * ahead > memory:
@@ -197,9 +187,11 @@ def tune_workers(
     )
 
 
-def _choose(trials: list[Trial], reasons: dict[Workers, str]) -> tuple[Trial, str]:
+def _choose(trials: list[Trial], limits: dict[Workers, str]) -> tuple[Trial, str]:
     here, *others = trials
     best = max((trial.samples_per_s for trial in others), default=0.0)
+    if not others:
+        return here, "no workers: none could be tried"
     # Workers read while the step runs, so they are worth having even if they are no faster.
     if here.samples_per_s >= _TRIVIAL * best:
         return (
@@ -208,7 +200,16 @@ def _choose(trials: list[Trial], reasons: dict[Workers, str]) -> tuple[Trial, st
         )
     good = [trial for trial in others if trial.samples_per_s >= _ENOUGH * best]
     chosen = min(good, key=lambda trial: (trial.num_workers, -trial.samples_per_s))
-    return chosen, reasons[chosen.workers]
+    more = [
+        trial
+        for trial in others
+        if trial.workers == chosen.workers and trial.num_workers > chosen.num_workers
+    ]
+    if not more:
+        return chosen, limits[chosen.workers]
+    nearest = min(more, key=lambda trial: trial.num_workers)
+    gain = nearest.samples_per_s / chosen.samples_per_s - 1
+    return chosen, f"not more: {nearest.num_workers} workers bring {gain:+.0%}"
 
 
 def _bottleneck(stages: dict[Stage, float], chosen: Trial) -> Stage:
@@ -217,165 +218,42 @@ def _bottleneck(stages: dict[Stage, float], chosen: Trial) -> Stage:
     return max(stages, key=lambda name: stages[name] / (1 if name == "transport" else share))
 
 
-def _climb(
-    bench: "_Bench",
-    kind: Workers,
-    cpus: float,
-    memory: int,
-    here: "_Here",
-    none: Trial,
-    budget_s: float,
-) -> tuple[list[Trial], str]:
-    """Trials with more and more workers, and why they ended."""
-    most = min(_MOST, math.ceil(cpus), bench.batches)
-    tried: list[Trial] = []
-    begin, best = time.monotonic(), none.samples_per_s
-    count = 1
-    while count <= most:
-        left = budget_s - (time.monotonic() - begin)
-        if tried and left <= 0:
-            return tried, f"not more: the budget ended after {tried[-1].num_workers} workers"
-        each = 2 * here.batch_bytes + (tried[-1].worker_bytes if tried else 0)
-        if count * each > memory:
-            return tried, f"not more: {count} workers would take {format_bytes(count * each)}"
-        tried.append(bench.measure(count, kind, max(0.1, left / 3)))
-        rate = tried[-1].samples_per_s
-        if rate < _KNEE * best and count > 1:
-            return tried, f"not more: {count} workers bring {rate / best - 1:+.0%}"
-        best = max(best, rate)
-        count = count * 2 if count * 2 <= most or count == most else most
-    return tried, f"not more: there are {cpus:.3g} processors for this rank"
+class _Climb:
+    """The trials of one kind of workers: which count comes next, and why there is none."""
 
+    def __init__(self, kind: Workers, most: int, waits: bool, cpus: float) -> None:
+        self.kind: Workers = kind
+        upwards = [count for count in (1 << n for n in range(7)) if count < most] + [most]
+        # One is tried first in any case: it tells the memory of a worker, and how long it starts.
+        self.counts = [1, *upwards[:0:-1]] if waits else upwards
+        self.waits = waits
+        self.tried: list[Trial] = []
+        self.untried: list[int] = []
+        self.limit = f"not more: there are {cpus:.3g} processors for this rank"
 
-@dataclass(frozen=True)
-class _Here:
-    """One process's work, without workers."""
+    def may_go_on(self, left_s: float, here: Here, memory: int) -> bool:
+        """Whether there is time and memory for the next trial."""
+        last = self.tried[-1] if self.tried else None
+        needed = 3 * here.probe_s + (last.start_s if last else 0.0)
+        if left_s < needed:
+            self.untried, self.counts = self.counts, list[int]()
+            return False
+        bytes_each = 2 * here.batch_bytes + (last.worker_bytes if last else 0)
+        fitting = [count for count in self.counts if count * bytes_each <= memory]
+        if len(fitting) < len(self.counts):
+            beyond = min(set(self.counts) - set(fitting))
+            self.limit = (
+                f"not more: {beyond} workers would take {format_bytes(beyond * bytes_each)}"
+            )
+            self.counts = fitting
+        return bool(self.counts)
 
-    seconds: dict[Stage, float]
-    first_s: float
-    unevenness: float
-    batch: Any
-    batch_bytes: int
-
-
-class _Timed:
-    """A transform that notes how long it takes."""
-
-    def __init__(self, transform: Any) -> None:
-        self.transform = transform
-        self.seconds = 0.0
-
-    def __call__(self, *arguments: Any) -> Any:
-        begin = time.perf_counter()
-        result = self.transform(*arguments)
-        self.seconds += time.perf_counter() - begin
-        return result
-
-
-class _Bench:
-    def __init__(self, dataset: Dataset[Any], batch_size: int, collate_fn: Collate | None) -> None:
-        self.dataset, self.batch_size, self.collate_fn = dataset, batch_size, collate_fn
-        self.rows = len(cast("Any", dataset))
-        self.batches = self.rows // batch_size
-
-    def stages(self, seconds: float) -> _Here:
-        """Time reading, transform and collate in this process."""
-        dataset = self.dataset
-        timed = _Timed(getattr(dataset, "transform", None))
-        if callable(timed.transform) and hasattr(dataset, "__dict__"):
-            dataset = copy.copy(dataset)  # shares everything but the transform
-            cast("Any", dataset).transform = timed
-        reader = Reader(dataset, self.collate_fn, seed=0, pad=False)
-        order = Order(self.rows, seed=0, window=self.rows)
-        begin = time.perf_counter()
-        # The first batch opens files and fills caches: no measure for the others.
-        requests = (r for epoch in numbers() for r in self._requests(order, epoch))
-        batch = reader[next(requests)].batch()
-        first, timed.seconds = time.perf_counter() - begin, 0.0
-        taken: list[tuple[float, float]] = []
-        while not taken or time.perf_counter() - begin < seconds:
-            delivery = reader[next(requests)]
-            taken.append((delivery.read_s, delivery.collate_s))
-        each = 1 / (len(taken) * self.batch_size)
-        read, collate = (sum(part) * each for part in zip(*taken, strict=True))
-        stages: dict[Stage, float] = {"reading": read - timed.seconds * each}
-        if timed.seconds:
-            stages["transform"] = timed.seconds * each
-        stages["collate"] = collate
-        whole = [sum(pair) for pair in taken]
-        size = sum(tensor.nbytes for tensor in tensors_in(batch))
-        return _Here(stages, first, max(whole) / statistics.median(whole), batch, size)
-
-    def _requests(self, order: Order, epoch: int) -> Requests:
-        return Requests(order, epoch, 0, self.batch_size, 0, 1, True)
-
-    def measure(self, count: int, kind: Workers, seconds: float) -> Trial:
-        """Time whole batches from a number of workers, once all of them work."""
-        loader = StreamLoader(
-            self.dataset,
-            self.batch_size,
-            num_workers=count,
-            workers=kind,
-            collate_fn=self.collate_fn,
-            rank=0,
-            world_size=1,
-        )
-        warm = max(1, min(2 * count, self.batches // 3))
-        begin = time.perf_counter()
-        spent, delivered, start, memory = 0.0, 0, 0.0, 0
-        while not delivered or (spent < seconds and time.perf_counter() - begin < 2 * seconds):
-            before = set(multiprocessing.active_children())
-            asked = since = time.perf_counter()
-            for number, _ in enumerate(loader, 1):
-                now = time.perf_counter()
-                if number == 1:
-                    start = start or now - asked
-                if number == warm:
-                    workers = set(multiprocessing.active_children()) - before
-                    memory = max([memory, *(_shared_part(worker.pid) for worker in workers)])
-                    since = time.perf_counter()
-                if number > warm and now - since > seconds - spent:
-                    break
-            now = time.perf_counter()
-            spent += now - since
-            delivered += number - warm if number > warm else number
-        return Trial(count, kind, delivered * self.batch_size / spent, start, memory)
-
-    def transport(self, batch: Any) -> float:
-        """Seconds a sample for handing batches from one process to another, and nothing else."""
-        batches = DataLoader(
-            _Copies(batch), batch_size=None, num_workers=1, collate_fn=_as_is, prefetch_factor=2
-        )
-        begin, number = time.perf_counter(), 0
-        for number, content in enumerate(batches):
-            unpack(content) if isinstance(content, Parcel) else content
-            if number == _WARM:
-                begin = time.perf_counter()
-        return (time.perf_counter() - begin) / max(1, number - _WARM) / self.batch_size
-
-
-class _Copies(Dataset[Any]):
-    """The same batch again and again, each time in new memory."""
-
-    def __init__(self, batch: Any) -> None:
-        self.batch = batch
-
-    def __len__(self) -> int:
-        return 20 + _WARM
-
-    def __getitem__(self, index: int) -> Any:
-        copied = move(self.batch, lambda tensor: tensor.clone(), torch.device("cpu"))
-        return pack(copied) if isinstance(copied, dict) else copied
-
-
-def _as_is(batch: Any) -> Any:
-    return batch
-
-
-def _shared_part(process: int | None) -> int:
-    """Memory of a process, what it shares divided among those that share it."""
-    try:
-        lines = Path(f"/proc/{process}/smaps_rollup").read_text().splitlines()
-    except OSError:
-        return 0
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("Pss:")), 0)
+    def go_on(self, bench: Bench, seconds: float, none: Trial) -> Trial:
+        """Make the next trial."""
+        best = max(trial.samples_per_s for trial in [none, *self.tried])
+        trial = bench.measure(self.counts.pop(0), self.kind, seconds)
+        self.tried.append(trial)
+        enough = _ENOUGH if self.waits else _KNEE
+        if trial.num_workers > 1 and trial.samples_per_s < enough * best:
+            self.counts = []
+        return trial

@@ -47,7 +47,7 @@ def write_shards(
     Each shard gets its final name once it is complete and on disk, and the index comes last: a
     writer that is killed leaves a folder that nothing mistakes for a data set. The same call then
     goes on behind the last finished shard, and ends with the bytes of an unbroken run. It refuses
-    to if an option, the columns or the first block of samples are not those of before.
+    to if an option, the columns, or the first or last finished block are not those of before.
 
     The same samples and options give the same bytes. Only one writer works in a folder at a time.
     The shards are plain Arrow IPC files that any Arrow program reads.
@@ -57,14 +57,16 @@ def write_shards(
             or a function that is given a number `n` and returns an iterable from sample `n` on. To
             go on after a kill, an iterable is run through from its start, while nothing is computed
             again for the other two. A value is a tensor or array (same dtype and shape in all
-            samples), int, float, bool, str or bytes; zero-dimensional ones count as numbers.
+            samples), int, float, bool, str or bytes; zero-dimensional ones count as numbers. Or a
+            list of any length of one of these; lists of int and float come back as tensors.
         out: Folder to write to; made if absent. A folder that holds a finished data set is refused.
         shard_bytes: Size at which a shard is closed. Large files are read and copied faster, small
             ones spread better; the default suits disks and object stores alike.
         block_bytes: Size of a block, the unit of checksums and of shuffling (see `StreamLoader`'s
             window): 4 MB is read at full speed from most storage. Smaller blocks shuffle better.
         schema: Arrow schema for types other than those inferred from the first sample, such as
-            `pa.int8()` for labels. Numbers come back as Python's int and float in any case.
+            `pa.int8()` for labels, for values that may be None, or `pa.list_(pa.int32())` for
+            tensors of different lengths. Numbers come back as Python's int and float in any case.
         compression: Compress the blocks. Saves disk, but each block is then decompressed to memory
             before use; leave it out for JPEG or other compressed contents.
         shuffle_seed: Write the samples in a random order; `samples` must then be a sequence.
@@ -92,6 +94,11 @@ def write_shards(
         ...     len(data), data[3]
         (10, {'x': 9})
     """
+    if isinstance(samples, (str, os.PathLike)) or not isinstance(out, (str, os.PathLike)):
+        raise TypeError(
+            f"samples is a {type(samples).__name__} and out a {type(out).__name__}; call "
+            "write_shards(samples, out) with samples and a path, or convert(source, out) for files"
+        )
     layout = Layout.of(shard_bytes, block_bytes, compression)
     refuse_finished(Path(out))
     feed = SampleFeed(samples, schema, shuffle_seed)
@@ -220,7 +227,11 @@ def _go_on(job: Job, part: int, journal: Journal, advance: Callable[[int], None]
     begin, end = job.bounds(part)
     options = pa.ipc.IpcWriteOptions(compression=job.layout.compression)
     if journal.shards:
-        _check_first_block(job, begin, end, journal.shards[0], options)
+        first, last = journal.shards[0], journal.shards[-1]
+        _check_block(job, begin, first, 0, options)
+        if last.name != first.name or len(last.block_rows) > 1:
+            at = begin + journal.rows - last.block_rows[-1]
+            _check_block(job, at, last, len(last.block_rows) - 1, options)
     shard: _OpenShard | None = None
     try:
         for block in job.feed.blocks(begin + journal.rows, end, job.layout.block_limit):
@@ -241,19 +252,22 @@ def _go_on(job: Job, part: int, journal: Journal, advance: Callable[[int], None]
             shard.sink.close()
 
 
-def _check_first_block(
-    job: Job, begin: int, end: int | None, entry: ShardEntry, options: pa.ipc.IpcWriteOptions
+def _check_block(
+    job: Job, begin: int, entry: ShardEntry, number: int, options: pa.ipc.IpcWriteOptions
 ) -> None:
-    rows = entry.block_rows[0]
+    """Raise if the samples from `begin` on do not make the bytes of a finished block."""
+    rows = entry.block_rows[number]
     # no further than that block: what a stream has given is gone
-    last = begin + rows
-    block = next(job.feed.blocks(begin, last, job.layout.block_limit), None)
+    block = next(job.feed.blocks(begin, begin + rows, job.layout.block_limit), None)
     sink = pa.BufferOutputStream()
     if block is not None:
         with pa.ipc.new_file(sink, job.schema, options=options) as writer:
-            writer.write_batch(_marked(block, job.schema))
+            start = 0
+            for _ in range(2 if number else 1):  # the first has the head of the file before it
+                start = sink.tell() if number else 0
+                writer.write_batch(_marked(block, job.schema))
             length = sink.tell()
-        if hash_bytes(memoryview(sink.getvalue())[:length]) == entry.xxh3[0]:
+        if hash_bytes(memoryview(sink.getvalue())[start:length]) == entry.xxh3[number]:
             return
     raise ValueError(
         f"samples: the {rows} from number {begin} on are not those that the unfinished shards in "

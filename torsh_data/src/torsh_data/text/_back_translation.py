@@ -1,21 +1,26 @@
 """Back-translation: paraphrases by way of another language."""
 
 import os
+import warnings
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
-from typing import overload
+from typing import Any, cast, overload
 
 import torch
 import xxhash
 
+from torsh_data._progress import progress_bar
 from torsh_data._rng import fold
+from torsh_data.text._transform import text_column, with_results
 from torsh_data.text._translation_cache import Found, TranslationCache
 from torsh_data.text._translator import Direction, Search, Translator
 
 _WINDOW = 256  # texts between two writes to the cache, at most
 _TEMPERATURE = 0.9
+_LOW_YIELD = 0.1
 
 
 @dataclass(frozen=True)
@@ -47,7 +52,7 @@ class BackTranslator:
     is halved. With sampling, a result is a function of (seed, text) and of which of the `n` it is,
     not of the texts beside it (up to rounding, which differs with the padding). What cannot serve
     as a paraphrase is dropped and counted: `report` says how many and why, so a text may have fewer
-    than `n` results.
+    than `n` results. A call that keeps less than a tenth warns.
 
     Args:
         forward: A hub id or folder of a translation model, or a `Translator`, which also takes
@@ -65,6 +70,9 @@ class BackTranslator:
         max_ratio: Drop results this many times longer or shorter than the text, in letters.
         min_similarity: Drop results with less in common with the text: the Dice coefficient of
             their sets of three neighbouring letters, in [0, 1].
+        column: The column of texts where samples or batches are mappings.
+        progress: Whether a call of more than two seconds shows a bar on a terminal; None if rich is
+            installed.
 
     Attributes:
         report: The `Yield` of the last call, None before.
@@ -92,6 +100,8 @@ class BackTranslator:
         cache_dir: str | os.PathLike[str] | None = None,
         max_ratio: float = 2.0,
         min_similarity: float = 0.2,
+        column: str = "text",
+        progress: bool | None = None,
     ) -> None:
         if batch_tokens < 1 or num_beams < 1:
             raise ValueError(
@@ -112,7 +122,10 @@ class BackTranslator:
         self.num_beams = num_beams
         self.max_ratio = max_ratio
         self.min_similarity = min_similarity
+        self.column = column
+        self.progress = find_spec("rich") is not None if progress is None else progress
         self.report: Yield | None = None
+        loaded: dict[str, tuple[Any, Any]] = {}  # one id is often named twice
         self._forward, self._backward = (
             Direction(
                 one if isinstance(one, Translator) else Translator(one),
@@ -120,6 +133,7 @@ class BackTranslator:
                 device=device,
                 dtype=dtype,
                 batch_tokens=batch_tokens,
+                loaded=loaded,
             )
             for name, one in (("forward", forward), ("backward", backward))
         )
@@ -129,27 +143,48 @@ class BackTranslator:
     @overload
     def __call__(self, texts: str, n: int = ..., seed: int = ...) -> list[str]: ...
     @overload
+    def __call__(
+        self, texts: Mapping[str, Any], n: int = ..., seed: int = ...
+    ) -> dict[str, Any]: ...
+    @overload
     def __call__(self, texts: Iterable[str], n: int = ..., seed: int = ...) -> list[list[str]]: ...
     def __call__(
-        self, texts: str | Iterable[str], n: int = 2, seed: int = 0
-    ) -> list[str] | list[list[str]]:
+        self, texts: str | Iterable[str] | Mapping[str, Any], n: int = 2, seed: int = 0
+    ) -> list[str] | list[list[str]] | dict[str, Any]:
         """Paraphrase texts.
 
         Args:
-            texts: Texts, or one text.
+            texts: Texts, or one text; or a batch of `datasets.Dataset.map(batched=True)`: a mapping
+                whose column `column` holds texts.
             n: Results wanted for each.
             seed: Of the sampling.
 
         Returns:
-            Up to `n` different results for each text; one list for one text.
+            Up to `n` different results for each text; one list for one text; for a batch the same
+            columns, with a row for each result: texts without one have no row.
 
         Raises:
             TypeError: If an item is no string.
-            ValueError: If this search cannot give `n` results.
+            ValueError: If this search cannot give `n` results, or there is no such column.
         """
         if isinstance(texts, str):
-            return self([texts], n, seed)[0]
-        given = list(texts)
+            return self._answers([texts], n, seed)[0]
+        if isinstance(texts, Mapping):
+            columns = cast("Mapping[str, Any]", texts)
+            column = text_column(columns, self.column)
+            if isinstance(column, str):
+                raise TypeError(
+                    "a text may have no paraphrase, so a single sample cannot be replaced; use "
+                    "batched=True in datasets.map"
+                )
+            return with_results(columns, self.column, self._answers(list(column), n, seed))
+        return self._answers(list(texts), n, seed)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # what calls leave behind is no part of what it does: a data set's cache goes by the rest
+        return {**self.__dict__, "report": None, "_cache": None}
+
+    def _answers(self, given: list[str], n: int, seed: int) -> list[list[str]]:
         for text in given:
             if not isinstance(text, str):
                 raise TypeError(f"texts holds a {type(text).__name__}, expected strings")
@@ -175,6 +210,14 @@ class BackTranslator:
             cached=cached,
             dropped=dict(dropped),
         )
+        # of one text a lack is chance, and seen
+        if len(given) > 1 and self.report.kept < _LOW_YIELD * self.report.asked:
+            reasons = ", ".join(f"{count} {reason}" for reason, count in dropped.most_common())
+            warnings.warn(
+                f"{self.report.kept} of {self.report.asked} results were kept; dropped: {reasons}. "
+                "Look at what each Translator answers, and at max_ratio and min_similarity",
+                stacklevel=3,
+            )
         return answers
 
     def _results(
@@ -203,15 +246,18 @@ class BackTranslator:
         training = [one.model.training for one in (self._forward, self._backward)]
         self._forward.model.eval()
         self._backward.model.eval()
+        shown = self.progress and len(todo) > 1
+        bar = progress_bar(shown, 2 * len(todo), doing="Translating", unit="translations")
         try:
-            for start in range(0, len(todo), _WINDOW):
-                chosen = todo[start : start + _WINDOW]
-                streams = [
-                    fold(seed, work[i][1], xxhash.xxh3_64_intdigest(_bytes(work[i][0])))
-                    for i in chosen
-                ]
-                self._window([work[i][0] for i in chosen], [keys[i] for i in chosen], streams,
-                             n=1 if sampled else n, known=known)  # fmt: skip
+            with bar as advance:
+                for start in range(0, len(todo), _WINDOW):
+                    chosen = todo[start : start + _WINDOW]
+                    streams = [
+                        fold(seed, work[i][1], xxhash.xxh3_64_intdigest(_bytes(work[i][0])))
+                        for i in chosen
+                    ]
+                    self._window([work[i][0] for i in chosen], [keys[i] for i in chosen], streams,
+                                 n=1 if sampled else n, known=known, advance=advance)  # fmt: skip
         finally:
             self._forward.model.train(training[0])
             self._backward.model.train(training[1])
@@ -231,6 +277,7 @@ class BackTranslator:
         *,
         n: int,
         known: dict[str, Found],
+        advance: Callable[[int], None],
     ) -> None:
         """There and back, with the results in `known` and in the cache."""
         there: list[tuple[str, bool]] = [("", False)] * len(texts)
@@ -238,6 +285,7 @@ class BackTranslator:
         def middle(where: list[int], answers: Sequence[Found]) -> None:
             for i, (answer, *_) in zip(where, answers, strict=True):
                 there[i] = answer
+            advance(len(where))
 
         out = Search(self.num_beams, 1, self.temperature)
         self._forward.write(self._forward.rows(texts), [_key(s, 0) for s in streams], out, middle)
@@ -249,6 +297,7 @@ class BackTranslator:
             if not (finished and text and len(rows[i]) <= self._backward.limit)
         ]
         self._remember({keys[i]: [("", there[i][1] and not there[i][0])] * n for i in lost}, known)
+        advance(len(lost))
         gone = set(lost)
         rest = [i for i in range(len(texts)) if i not in gone]
 
@@ -256,6 +305,7 @@ class BackTranslator:
             self._remember(
                 {keys[rest[k]]: list(found) for k, found in zip(where, answers, strict=True)}, known
             )
+            advance(len(where))
 
         back = Search(max(self.num_beams, n), n, self.temperature)
         self._backward.write(

@@ -13,7 +13,6 @@ import xxhash
 
 from torsh_data._rng import Keys, fold, mix_int, sample_keys, stream, uniform
 
-_AHEAD = 24  # most texts need no more
 _FEW = 16
 _GAMMA = 0x9E3779B97F4A7C15
 _SCALE = 2.0**-53
@@ -21,15 +20,20 @@ _SCALE = 2.0**-53
 Draw = Callable[[], float]
 
 
-def draws(keys: Keys) -> list[Draw]:
-    """For each key a function that gives its next number in [0, 1), whatever stands beside it."""
+def draws(keys: Keys, ahead: int) -> Iterator[Draw]:
+    """For each key a function that gives its next number in [0, 1), whatever stands beside it.
+
+    Args:
+        keys: `(n,)`.
+        ahead: How many numbers most texts need; no limit, and without influence on the numbers.
+    """
     if len(keys) < _FEW:
-        return [_numbers(key, 0).__next__ for key in keys.tolist()]
-    rows = np.stack([uniform(keys, draw) for draw in range(_AHEAD)], axis=1).tolist()
-    return [
-        chain(row, _numbers(key, _AHEAD)).__next__
-        for row, key in zip(rows, keys.tolist(), strict=True)
-    ]
+        for key in keys.tolist():
+            yield _numbers(key, 0).__next__
+        return
+    rows = np.stack([uniform(keys, draw) for draw in range(ahead)], axis=1).tolist()
+    for row, key in zip(rows, keys.tolist(), strict=True):
+        yield chain(row, _numbers(key, ahead)).__next__
 
 
 def content_keys(seed: int, texts: Sequence[str]) -> Keys:

@@ -8,12 +8,11 @@ from collections.abc import Sequence
 from math import log1p
 
 from torsh_data.text._draws import Draw
+from torsh_data.text._gaps import merged_gap
 from torsh_data.text._transform import Sentence, Words
 
 _VOWELS = frozenset("aeiouAEIOU")
 _UNCERTAIN = frozenset("hHuUyY")  # an hour, a house; a unit, an uncle
-_CLOSING = frozenset(".,;:!?)]}\"'\u2026\u2019\u201d\u00bb\u3002\u3001")
-_OPENING = frozenset("([{\"'\u2018\u201c\u00ab\u00bf\u00a1")
 
 
 def replace_words(
@@ -57,7 +56,7 @@ def swap_words(pieces: list[str], sentence: Sentence, count: int, draw: Draw) ->
 
 
 def delete_words(pieces: list[str], sentence: Sentence, p: float, draw: Draw) -> None:
-    """Take each word out with probability p, and one of the spaces around it."""
+    """Take each word out with probability p, and what would stand doubled then."""
     places = sentence.movable
     if p <= 0 or not places:
         return
@@ -70,8 +69,10 @@ def delete_words(pieces: list[str], sentence: Sentence, p: float, draw: Draw) ->
         k += 1 + (int(log1p(-draw()) / scale) if p < 1 else 0)
     if len(gone) == len(sentence.entries):  # one word stays
         del gone[int(draw() * len(gone))]
+    before = 0  # words at the start that are gone
     for k in gone:
-        _remove(pieces, places[k])
+        first = places[k] == before
+        before += _remove(pieces, places[k], first=first) and first
 
 
 def restore_capitals(pieces: list[str], sentence: Sentence, words: Words) -> None:
@@ -98,11 +99,13 @@ def restore_capitals(pieces: list[str], sentence: Sentence, words: Words) -> Non
 
 def expected_edits(alpha: float, count: int) -> int:
     """Edits of a text: a share of its words, and at least one."""
-    return max(1, int(alpha * count))
+    return int(alpha * count) or 1
 
 
 def pick(draw: Draw, count: int, places: Sequence[int]) -> list[int]:
     """Up to `count` different ones of `places`, in random order."""
+    if count == 1 and places:
+        return [places[int(draw() * len(places))]]
     pool = list(places)
     for k in range(min(count, len(pool))):
         other = k + int(draw() * (len(pool) - k))
@@ -128,19 +131,19 @@ def _fitting(article: str, found: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(one for one in found if one[0] not in _UNCERTAIN and (one[0] in _VOWELS) is vowel)
 
 
-def _remove(pieces: list[str], i: int) -> None:
+def _remove(pieces: list[str], i: int, *, first: bool) -> bool:
     left, right = pieces[2 * i], pieces[2 * i + 2]
-    at_start = not left and not any(pieces[: 2 * i])
-    at_end = not right and 2 * i + 3 == len(pieces)
-    space_before, space_after = left[-1:].isspace(), right[:1].isspace()
-    if space_before and space_after:
-        after = right.lstrip()
-        kept = right[: len(right) - len(after)]
-        joined = left.rstrip() + right if "\n" in kept else left + after
-    elif space_after and (at_start or left[-1:] in _OPENING):
-        joined = left + right.lstrip()
-    elif space_before and (at_end or right[:1] in _CLOSING):
-        joined = left.rstrip() + right
-    else:
-        return  # without a space at its side a word is part of something
-    pieces[2 * i], pieces[2 * i + 1], pieces[2 * i + 2] = "", "", joined
+    if left == right == " " and not first:
+        pieces[2 * i] = pieces[2 * i + 1] = ""
+        return True
+    gap = merged_gap(left, right, first=first, final=2 * i + 3 == len(pieces))
+    if gap is None:
+        return False
+    if gap[:1] == "." and gap[1:2] != "." and not first:
+        k = 2 * i - 1
+        while not pieces[k]:
+            k -= 2
+        if pieces[k][-1] == ".":  # "etc." has its own
+            gap = gap[1:]
+    pieces[2 * i], pieces[2 * i + 1], pieces[2 * i + 2] = "", "", gap
+    return True

@@ -9,12 +9,14 @@ import numpy as np
 import torch
 
 from torsh_data._rng import Keys, sample_keys
+from torsh_data.text._abbreviations import is_abbreviation, is_initial, is_title
 from torsh_data.text._draws import Draw, content_keys, draws
 from torsh_data.text._lexicon import Lexicon, Source, open_lexicon
 from torsh_data.text._stop_words import ENGLISH
 from torsh_data.text._words import (
     CLITICS,
     Span,
+    has_full_stop,
     has_signs,
     join_spans,
     protected_spans,
@@ -44,8 +46,10 @@ class Words(dict[str, "tuple[str, ...] | None"]):
         stop_words: frozenset[str],
         kept: frozenset[str],
         min_share: float,
+        pos: str | None = None,
     ) -> None:
         self.lexicon = lexicon
+        self.pos = pos
         self.stop_words = stop_words
         self.kept = kept
         self.min_share = min_share
@@ -58,8 +62,12 @@ class Words(dict[str, "tuple[str, ...] | None"]):
 
     def __reduce__(self) -> tuple[Any, ...]:
         # without the words seen, and in order: a data set's cache goes by what is pickled
-        settings = (sorted(self.stop_words), sorted(self.kept), self.min_share)
+        settings = (sorted(self.stop_words), sorted(self.kept), self.min_share, self.pos)
         return _made_words, (self.lexicon, *settings)
+
+    def of(self, pos: str) -> "Words":
+        """The same with synonyms of one part of speech only."""
+        return _made_words(self.lexicon, self.stop_words, self.kept, self.min_share, pos)
 
     def _find(self, word: str) -> "tuple[str, ...] | None":
         low = word.lower()
@@ -78,15 +86,19 @@ class Words(dict[str, "tuple[str, ...] | None"]):
 
     def raw(self, word: str) -> tuple[str, ...]:
         """Synonyms as the lexicon has them."""
-        found = self.lexicon.synonyms(word, min_share=self.min_share)
+        found = self.lexicon.synonyms(word, pos=self.pos, min_share=self.min_share)
         return tuple(dict.fromkeys(one.word for one in found if one.word != word))
 
 
 def _made_words(
-    lexicon: Lexicon, stop_words: list[str], kept: list[str], min_share: float
+    lexicon: Lexicon,
+    stop_words: Iterable[str],
+    kept: Iterable[str],
+    min_share: float,
+    pos: str | None,
 ) -> Words:
     stops = frozenset(stop_words)
-    return Words(lexicon, stop_words=stops, kept=frozenset(kept), min_share=min_share)
+    return Words(lexicon, stop_words=stops, kept=frozenset(kept), min_share=min_share, pos=pos)
 
 
 class Sentence:
@@ -95,29 +107,56 @@ class Sentence:
     __slots__ = ("entries", "movable", "pieces", "replaceable", "starts")
 
     def __init__(self, text: str, words: Words, spans: Spans) -> None:
-        stays: set[int] = set()
         if spans:
-            self.pieces, stays = split_around(text, spans)
+            pieces, stays = split_around(text, spans)
+            entries = [None if i in stays else words[w] for i, w in enumerate(pieces[1::2])]
         else:
-            self.pieces = split_pieces(text)
-        entries = list(map(words.__getitem__, self.pieces[1::2]))
-        for i in stays:
-            entries[i] = None
+            pieces = split_pieces(text)
+            entries = list(map(words.__getitem__, pieces[1::2]))
+        self.pieces = pieces
         self.entries = entries
+        if has_full_stop(text):
+            self._read_abbreviations()
         order = range(len(entries))
-        fixed = None in entries
-        self.movable: Sequence[int] = (
-            [i for i in order if entries[i] is not None] if fixed else order
-        )
+        self.movable: Sequence[int] = order
+        if None in entries:
+            self.movable = [i for i in order if entries[i] is not None]
         self.replaceable = list(compress(order, entries))
         self.starts: list[int] = []
         if text != text.lower():
-            self._read_capitals()
+            self._read_capitals(words.stop_words)
 
-    def _read_capitals(self) -> None:
+    def _read_abbreviations(self) -> None:
+        """Make the full stop a part of its word, and both stay."""
+        pieces, entries = self.pieces, self.entries
+        for i, gap in enumerate(pieces[2::2]):
+            if gap[:1] != "." or gap[1:2] == ".":
+                continue
+            word, before = pieces[2 * i + 1], pieces[2 * i - 1] if i else ""
+            after = pieces[2 * i + 3] if i + 1 < len(entries) and gap[1:].isspace() else ""
+            if not is_abbreviation(word, before, after):
+                continue
+            pieces[2 * i + 1], pieces[2 * i + 2] = word + ".", gap[1:]
+            entries[i] = None
+            if after[:1].isupper() and (is_title(word) or is_initial(word)):
+                entries[i + 1] = None
+            elif word.lower() == "al":
+                entries[i - 1] = None
+
+    def _read_capitals(self, stop_words: frozenset[str]) -> None:
         pieces = self.pieces
         count = len(self.entries)
         self.starts = [i for i in range(count) if i == 0 or _SENTENCE_END(pieces[2 * i])]
+        if len(self.movable) < count:  # "at 5 p.m. The car", but not "Mr. Will"
+            self.starts += [
+                i
+                for i in range(1, count)
+                if pieces[2 * i - 1][-1] == "."
+                and pieces[2 * i + 1][0].isupper()
+                and pieces[2 * i + 1].lower() in stop_words
+                and not is_title(pieces[2 * i - 1][:-1])
+            ]
+            self.starts.sort()
         inner = set(range(count)).difference(self.starts)
         capital = [i for i in inner if pieces[2 * i + 1][:1].isupper()]
         if 2 * len(capital) <= len(inner):  # more are a headline
@@ -179,6 +218,8 @@ class TextTransform:
             kept=frozenset(one.lower().casefold() for one in phrases if one not in whole),
             min_share=min_share,
         )
+
+    _ahead = 8  # random numbers that most texts need
 
     def _edit(self, sentence: Sentence, draw: Draw) -> list[list[str]]:
         """New pieces, as many and in the same places, for each result."""
@@ -243,7 +284,7 @@ class TextTransform:
         Returns:
             Each result with the spans in the order given.
         """
-        draw = draws(self._keys([text], rng, keys))[0]
+        draw = next(draws(self._keys([text], rng, keys), 0))
         joined = join_spans([*_checked(text, spans), *protected_spans(text, self._patterns)])
         sentence = Sentence(text, self._words, joined)
         before = _starts(sentence.pieces)
@@ -291,7 +332,7 @@ class TextTransform:
         words, patterns, edit = self._words, self._patterns, self._edit
         found: list[list[str]] = []
         for n, (text, draw) in enumerate(
-            zip(texts, draws(self._keys(texts, rng, keys)), strict=True)
+            zip(texts, draws(self._keys(texts, rng, keys), self._ahead), strict=True)
         ):
             spans = protected_spans(text, patterns) if patterns or has_signs(text) else []
             if keep is not None:
@@ -301,24 +342,47 @@ class TextTransform:
         return found
 
     def _of_columns(self, columns: Mapping[str, Any], rng: Any, keys: Any, keep: Any) -> Any:
-        if self.column not in columns:
-            raise ValueError(f"column={self.column!r}; there are {sorted(columns)}")
-        texts = columns[self.column]
-        result = self(texts, rng, keys=keys, keep=keep)
-        if not isinstance(texts, str) and result and isinstance(result[0], list):
-            batch = {
-                name: [value for value, made in zip(values, result, strict=True) for _ in made]
-                for name, values in columns.items()
-            }
-            return {**batch, self.column: [one for made in result for one in made]}
-        if isinstance(result, list) and isinstance(texts, str):
-            if len(result) > 1:
-                raise ValueError(
-                    f"num_aug={len(result)} makes {len(result)} texts of one sample; use num_aug=1 "
-                    "in a transform, or batched=True in datasets.map"
-                )
-            result = result[0]
-        return {**columns, self.column: result}
+        texts = text_column(columns, self.column)
+        return with_results(columns, self.column, self(texts, rng, keys=keys, keep=keep))
+
+
+def text_column(columns: Mapping[str, Any], name: str) -> Any:
+    """The texts of a sample or a batch.
+
+    Raises:
+        ValueError: If there is no such column.
+    """
+    if name not in columns:
+        raise ValueError(f"column={name!r}; there are {sorted(columns)}")
+    return columns[name]
+
+
+def with_results(columns: Mapping[str, Any], name: str, result: Any) -> dict[str, Any]:
+    """A sample or batch with results in the place of its texts.
+
+    Args:
+        columns: The sample or batch.
+        name: Of the column of texts.
+        result: For a sample a text, or a list with one; for a batch a text for each row, or a list
+            for each: rows are repeated, or left out where it is empty.
+
+    Raises:
+        ValueError: If there are several results for one sample.
+    """
+    if not isinstance(columns[name], str) and result and isinstance(result[0], list):
+        batch = {
+            column: [value for value, made in zip(values, result, strict=True) for _ in made]
+            for column, values in columns.items()
+        }
+        return {**batch, name: [one for made in result for one in made]}
+    if isinstance(result, list) and isinstance(columns[name], str):
+        if len(result) != 1:
+            raise ValueError(
+                f"there are {len(result)} results for one sample; ask for one in a transform, or "
+                "use batched=True in datasets.map"
+            )
+        result = result[0]
+    return {**columns, name: result}
 
 
 def _starts(pieces: Sequence[str]) -> list[int]:

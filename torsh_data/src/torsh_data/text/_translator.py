@@ -5,7 +5,9 @@ import json
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from threading import Lock
 from typing import TYPE_CHECKING, Any, cast
+from weakref import WeakKeyDictionary
 
 import torch
 import xxhash
@@ -17,6 +19,11 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _WORD_STEP = 0xD1B54A32D192ED03 - 2**64
+_TOKENIZING = Lock()
+# by model: the (address, version) of its tensors, and the digest of their content
+_DIGESTS: WeakKeyDictionary[torch.nn.Module, tuple[tuple[tuple[int, int], ...], str]] = (
+    WeakKeyDictionary()
+)
 _OUT_OF_MEMORY = ("out of memory", "can't allocate memory")
 
 
@@ -62,6 +69,7 @@ class Direction:
             it is.
         batch_tokens: Most tokens of a batch, new ones and beams included; halved for good when
             memory runs out.
+        loaded: Models and tokenizers by their id: what is there is not loaded again.
     """
 
     def __init__(
@@ -72,6 +80,7 @@ class Direction:
         device: torch.device | str | None,
         dtype: torch.dtype | str,
         batch_tokens: int,
+        loaded: dict[str, tuple[Any, Any]],
     ) -> None:
         self.model: Any
         self._spec = translator
@@ -80,7 +89,10 @@ class Direction:
         if isinstance(translator.model, (str, os.PathLike)):
             if translator.tokenizer is not None:
                 raise ValueError(f"{name}: a tokenizer is only given with a model, not with its id")
-            self.model, self._tokenizer = _load(translator.model, device, dtype, name)
+            key = os.fspath(translator.model)
+            if key not in loaded:
+                loaded[key] = _load(translator.model, device, dtype, name)
+            self.model, self._tokenizer = loaded[key]
         else:
             if translator.tokenizer is None:
                 raise ValueError(
@@ -97,6 +109,7 @@ class Direction:
         self._chat = not self._seq2seq and bool(getattr(self._tokenizer, "chat_template", None))
         self._head, self._tail = self._frame()
         self._forced = self._forced_start()
+        self._vocabulary: str | None = None
         own = self.model.generation_config
         ends = own.eos_token_id if own.eos_token_id is not None else self._tokenizer.eos_token_id
         self._ends: list[int] = [] if ends is None else ends if isinstance(ends, list) else [ends]
@@ -134,30 +147,44 @@ class Direction:
         for label, code in (("source", source), ("target", target)):
             if code is not None and code not in known:
                 raise ValueError(f"{self._name}: {label}={code!r} is no token of its tokenizer")
-        if source is not None:
-            self._tokenizer.src_lang = source
+        if source is not None and not hasattr(self._tokenizer, "src_lang"):
+            raise ValueError(
+                f"{self._name}: source={source!r}, but {type(self._tokenizer).__name__} knows no "
+                "source languages; leave source out, or say it in the prompt"
+            )
         return None if target is None else int(self._tokenizer.convert_tokens_to_ids(target))
 
     def fingerprint(self) -> str:
-        """Changes if weights, vocabulary or prompt change. Reads all weights once."""
-        digest = xxhash.xxh3_128()
-        for name, tensor in sorted(self.model.state_dict().items()):
-            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-        rust = getattr(self._tokenizer, "backend_tokenizer", None)
-        words = rust.to_str() if rust is not None else sorted(self._tokenizer.get_vocab().items())
+        """Changes if weights, vocabulary, settings or prompt change.
+
+        All weights are read once, and again after changes that PyTorch knows of.
+        """
+        if self._vocabulary is None:
+            rust = getattr(self._tokenizer, "backend_tokenizer", None)
+            words = self._tokenizer.get_vocab().items() if rust is None else rust.to_str()
+            content = json.dumps(sorted(words) if rust is None else words)
+            self._vocabulary = xxhash.xxh3_128_hexdigest(content.encode())
         config = self.model.generation_config.to_json_string(use_diff=False)
         spec = (self._head, self._tail, self._spec.source, self._spec.target)
-        digest.update(json.dumps([words, config, spec]).encode())
-        return digest.hexdigest()
+        parts = [_weights(self.model), self._vocabulary, config, spec]
+        return xxhash.xxh3_128_hexdigest(json.dumps(parts).encode())
 
     def rows(self, texts: Sequence[str]) -> list[list[int]]:
         """The tokens of each prompt."""
         if not texts:
             return []
         prompts = [self._head + text + self._tail for text in texts]
-        # a chat template has written the special tokens itself
-        found = self._tokenizer(prompts, add_special_tokens=not self._chat, verbose=False)
+        source = self._spec.source
+        with _TOKENIZING:  # a tokenizer may be shared, and its source language is a state of it
+            before = None if source is None else self._tokenizer.src_lang
+            if source != before:
+                self._tokenizer.src_lang = source
+            try:
+                # a chat template has written the special tokens itself
+                found = self._tokenizer(prompts, add_special_tokens=not self._chat, verbose=False)
+            finally:
+                if source != before and before is not None:
+                    self._tokenizer.src_lang = before
         return found["input_ids"]
 
     def write(
@@ -268,6 +295,26 @@ class _Choice:
         self._step += 1
         gumbel = -(-(noise + 2.0**-54).log()).log()
         return scores.float() / self._temperature + gumbel.float()
+
+
+def _weights(model: torch.nn.Module) -> str:
+    """A digest of all weights; models that are shared, or did not change, are read once."""
+    tensors = [*model.parameters(), *model.buffers()]
+    if any(one.is_inference() for one in tensors):  # their changes are not counted
+        return _digest(model)
+    state = tuple((one.data_ptr(), one._version) for one in tensors)
+    known = _DIGESTS.get(model)
+    if known is None or known[0] != state:
+        _DIGESTS[model] = known = (state, _digest(model))
+    return known[1]
+
+
+def _digest(model: torch.nn.Module) -> str:
+    digest = xxhash.xxh3_128()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def _dtype(dtype: torch.dtype | str) -> torch.dtype:

@@ -22,10 +22,12 @@ _GAPS = (
 )
 _RUN = f"[^{_GAPS}]+"
 _JOINERS = r"['\u2019\u2010\u2011\u200c\u200d-]"
-split_pieces = re.compile(f"({_RUN}(?:{_JOINERS}{_RUN})*)").split
+split_pieces = re.compile(f"({_RUN}(?:{_JOINERS}{_RUN})*+)").split
 
 # Addresses, mentions, tags and abbreviations; only looked for where one of their signs is.
-has_signs = re.compile(r"[@#./\\<&](?=[^\s.])").search
+has_signs = re.compile(r"[@#./\\<&+](?:(?=[^\s.])|(?<=[A-Za-z]#))").search
+# A letter's full stop: of a sentence, or of an abbreviation.
+has_full_stop = re.compile(r"\.(?<=[^\W\d_]\.)").search
 # Each branch refuses to begin inside a run and never gives back what it took: linear time.
 _PROTECTED = re.compile(
     r"(?<![\w+.-])[A-Za-z][A-Za-z0-9+.-]*+://\S*[^\s.,;:!?)\]}'\"]"
@@ -33,6 +35,7 @@ _PROTECTED = re.compile(
     r"|[@#][\w-]+"
     r"|</?\w[^<>]{0,200}+>"
     r"|&#?\w++;"
+    r"|(?<!\w)\w++(?:(?:&\w++)++|\+\+|#)(?!\w)"
     r"|(?<![\w.])(?:\w++\.)+\w++\.?(?:/[^\s.,;:!?)\]}'\"]*)*"
     r"|(?<![\w.~-])[\w.~-]*+(?:[/\\][\w.~-]++){2,}"
 )

@@ -5,7 +5,7 @@ from typing import cast
 import torch
 
 from torsh_data._rng import Keys, beta, dirichlet, uniform
-from torsh_data.vision._engine import Drawn, apply_layers, draw_layer
+from torsh_data.vision._engine import CACHED_VALUES, Drawn, apply_layers, draw_layer
 from torsh_data.vision._policy import Fill, Interpolation, Policy
 from torsh_data.vision._tables import AUGMIX, AUGMIX_PARTIAL, CODES
 
@@ -122,18 +122,30 @@ class AugMix(Policy):
         ).float()
 
     def augment(self, batch: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
-        width = self.mixture_width
-        chains = batch.repeat_interleave(width, dim=0)
+        chains = batch.repeat_interleave(self.mixture_width, dim=0)
         drawn = self.draw(keys, *batch.shape[-2:])
         apply_layers(chains, drawn, self._fill(batch), self.interpolation)
-        own, others = self.weights(keys)
-        device = batch.device
-        own = own.to(device, non_blocking=True).view(-1, 1, 1, 1)
-        others = others.to(device, non_blocking=True)
-        mixed = own * batch.float()
-        for chain in range(width):
-            # product and sum rounded one by one, which every device does alike
-            mixed += others[:, chain].view(-1, 1, 1, 1) * chains[chain::width].float()
-        if batch.is_floating_point():
-            mixed = mixed.clamp_(0, 1)  # the weights' sum may be off 1 in the last bit
-        return mixed.to(batch.dtype)
+        shares = torch.column_stack(self.weights(keys)).to(batch.device, non_blocking=True)
+        if batch.is_cuda:
+            return _mixed(batch, chains, shares)
+        out = torch.empty_like(batch)
+        # on the CPU, the float32 sum of few images stays in the cache
+        parts = (out, batch, chains.unflatten(0, (-1, self.mixture_width)), shares)
+        step = max(1, CACHED_VALUES // max(1, batch[0].numel() if len(batch) else 1))
+        for done, images, copies, weights in zip(*(p.split(step) for p in parts), strict=True):
+            done.copy_(_mixed(images, copies.flatten(0, 1), weights))
+        return out
+
+
+def _mixed(images: torch.Tensor, chains: torch.Tensor, shares: torch.Tensor) -> torch.Tensor:
+    """Weigh `n` images and their chains, `n * width`, with `shares` `(n, 1 + width)`."""
+    own, *others = shares[..., None, None, None].unbind(1)
+    mixed = images.float().mul_(own) if images.dtype != torch.float32 else images * own
+    for chain, share in enumerate(others):
+        # product and sum rounded one by one, which every device does alike
+        mixed += chains[chain :: len(others)] * share
+    if images.is_floating_point():
+        mixed = mixed.clamp_(0, 1)  # the weights' sum may be off 1 in the last bit
+    elif images.is_cpu:
+        mixed = mixed.to(torch.int16)  # with the detour it takes a third of the time
+    return mixed.to(images.dtype)

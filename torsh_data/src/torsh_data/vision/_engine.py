@@ -14,7 +14,7 @@ from torsh_data._rng import uniform
 from torsh_data.vision import _ops
 from torsh_data.vision._tables import CODES, OPS, SIGNED, WARPS, Space
 
-_CACHED_VALUES = 1 << 17
+CACHED_VALUES = 1 << 17
 _IS_SIGNED = torch.tensor([name in SIGNED for name in OPS])
 
 
@@ -94,7 +94,8 @@ def apply_ops(
         interpolation: `"nearest"` or `"bilinear"`.
     """
     members: dict[str, list[int]] = {}
-    slides = images.is_cpu and interpolation == "nearest"
+    # whole pixels need no interpolation; for floats it leaves its rounding error
+    slides = images.is_cpu and (interpolation == "nearest" or images.dtype == torch.uint8)
     for k, code in enumerate(codes.tolist()):
         if code == CODES["Identity"]:
             continue
@@ -103,10 +104,12 @@ def apply_ops(
             right, down = (way, 0) if OPS[code] == "TranslateX" else (0, way)
             images[k] = _ops.translate(images[k, None], right, down, fill)[0]
             continue
-        members.setdefault("Warp" if OPS[code] in WARPS else OPS[code], []).append(k)
+        # a GPU has the fewest launches, a CPU the least to compute
+        name = "Warp" if images.is_cuda and OPS[code] in WARPS else OPS[code]
+        members.setdefault(name, []).append(k)
     # On the CPU, what a part needs on the way stays in the cache; a GPU wants all at once.
     pixels = max(1, images.shape[1] * images.shape[2] * images.shape[3])
-    together = len(images) if images.is_cuda else max(1, _CACHED_VALUES // pixels)
+    together = len(images) if images.is_cuda else max(1, CACHED_VALUES // pixels)
     for name, whole in sorted(members.items()):
         for first in range(0, len(whole), together):
             part = whole[first : first + together]
@@ -114,7 +117,7 @@ def apply_ops(
             here = rows.to(images.device, non_blocking=True)
             some = images[part[0], None] if len(part) == 1 else images.index_select(0, here)
             power = magnitudes[rows]
-            if name == "Warp":
+            if name == "Warp" or name in WARPS:
                 matrix = warp_matrices(codes[rows], power, *images.shape[-2:])
                 matrix = matrix.to(images.device, non_blocking=True)
                 done = _ops.warp(some, matrix, fill, interpolation)

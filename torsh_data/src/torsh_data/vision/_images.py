@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 import numpy as np
 import torch
@@ -51,20 +51,35 @@ def as_batch(images: torch.Tensor) -> torch.Tensor:
 
 def from_picture(picture: "Image") -> torch.Tensor:
     """A Pillow image of mode L or RGB as uint8 `(channels, height, width)`."""
-    if picture.mode not in ("L", "RGB"):
+    return from_pictures([picture])[0]
+
+
+def from_pictures(pictures: "Sequence[Image]") -> torch.Tensor:
+    """Pillow images of one size and mode, L or RGB, as uint8 `(n, channels, height, width)`."""
+    one = pictures[0]
+    if one.mode not in ("L", "RGB"):
         raise ValueError(
-            f"images has a Pillow image of mode {picture.mode!r}; use image.convert('RGB') or "
+            f"images has a Pillow image of mode {one.mode!r}; use image.convert('RGB') or "
             "image.convert('L')"
         )
-    # Pillow takes channels apart and together faster than a copy with strides does
-    return torch.from_numpy(np.stack([np.asarray(channel) for channel in picture.split()]))
+    out = np.empty((len(pictures), len(one.mode), one.height, one.width), dtype=np.uint8)
+    for rows, picture in zip(out, pictures, strict=True):
+        for row, band in zip(rows, one.mode, strict=True):
+            # Pillow packs a channel ten times as fast as a copy with strides is
+            content = np.frombuffer(picture.tobytes("raw", band), dtype=np.uint8)
+            row[:] = content.reshape(row.shape)
+    return torch.from_numpy(out)
 
 
 def to_picture(image: torch.Tensor) -> "Image":
     """A Pillow image of uint8 `(channels, height, width)`, with 1 or 3 channels."""
     from PIL import Image
 
-    channels = [Image.fromarray(channel) for channel in image.contiguous().numpy()]
+    size = (image.shape[2], image.shape[1])
+    channels = [
+        Image.frombuffer("L", size, channel, "raw", "L", 0, 1)
+        for channel in image.contiguous().numpy()
+    ]
     return channels[0] if len(channels) == 1 else Image.merge("RGB", channels)
 
 
@@ -81,7 +96,6 @@ def each_of(
     Returns:
         The results, each of the kind of its image.
     """
-    tensors: list[torch.Tensor] = []
     groups: dict[tuple[object, ...], list[int]] = {}
     for k, image in enumerate(images):
         if isinstance(image, torch.Tensor):
@@ -90,18 +104,19 @@ def each_of(
                     f"images[{k}] has shape {tuple(image.shape)}; a list holds single images "
                     "(channels, height, width)"
                 )
-            tensor = image
+            kind = (image.shape, image.dtype, image.device)
         elif is_picture(image):
-            tensor = from_picture(image)
+            kind = (image.size, image.mode)
         else:
             raise TypeError(f"images[{k}] is a {type(image).__name__}; {_KINDS}")
-        groups.setdefault((tensor.shape, tensor.dtype, tensor.device), []).append(k)
-        tensors.append(tensor)
+        groups.setdefault(kind, []).append(k)
     done: list[One] = list(images)
     for places in groups.values():
-        batch = as_batch(torch.stack([tensors[k] for k in places]))
+        drawn = is_picture(images[places[0]])
+        same = cast("Any", [images[k] for k in places])
+        batch = from_pictures(same) if drawn else as_batch(torch.stack(same))
         for k, result in zip(places, run(batch, torch.tensor(places)), strict=True):
-            done[k] = to_picture(result) if is_picture(images[k]) else result
+            done[k] = to_picture(result) if drawn else result
     return done
 
 

@@ -8,7 +8,9 @@ on the device (bilinear sampling leaves the last bit to the device's `grid_sampl
 """
 
 from collections.abc import Callable
+from functools import lru_cache
 
+import numpy as np
 import torch
 from torch.nn.functional import grid_sample
 
@@ -68,11 +70,11 @@ def _look_up(images: Tensor, tables: Tensor) -> Tensor:
     tables = tables.reshape(-1, 256)
     if not images.is_cpu or rows.shape[1] < _LONG:
         return tables.gather(1, rows.long()).view(images.shape)
-    out = torch.empty_like(rows)
-    for done, row, table in zip(out, rows, tables, strict=True):  # twice as fast as an index
-        content = row.numpy().tobytes().translate(table.numpy().tobytes())
-        done.copy_(torch.frombuffer(bytearray(content), dtype=torch.uint8))
-    return out.view(images.shape)
+    out = np.empty(rows.shape, dtype=np.uint8)
+    for k, (row, table) in enumerate(zip(rows.numpy(), tables.numpy(), strict=True)):
+        # twice as fast as an index, and a bytearray half as fast again as bytes are
+        out[k] = np.frombuffer(bytearray(row).translate(table.tobytes()), dtype=np.uint8)
+    return torch.from_numpy(out).view(images.shape)
 
 
 def _blend(images: Tensor, other: Tensor, ratio: Tensor) -> Tensor:
@@ -82,7 +84,7 @@ def _blend(images: Tensor, other: Tensor, ratio: Tensor) -> Tensor:
 
     def run(some: Tensor) -> Tensor:
         # the product is exact, so the sum rounds once, as a fused multiply-add does
-        return _to_dtype(rest.add(some.float() * own).float(), some)
+        return _to_dtype(some.float().mul(own).double().add_(rest).float(), some)
 
     return _by_channel(images, run)
 
@@ -94,8 +96,10 @@ def gray(images: Tensor) -> Tensor:
     red, green, blue = (images[:, c : c + 1] for c in range(3))
     weights = torch.tensor(_GRAY, dtype=torch.float32).tolist()
     luma = (red.float() * weights[0]).double()
-    luma = (green.double() * weights[1]).add_(luma).float().double()
-    luma = (blue.double() * weights[2]).add_(luma).float()
+    for channel, weight in ((green, weights[1]), (blue, weights[2])):
+        # by way of float32, which is faster than from uint8 at once
+        luma = channel.float().double().mul_(weight).add_(luma).float().double()
+    luma = luma.float()
     return luma.floor_() if images.dtype == torch.uint8 else luma
 
 
@@ -123,24 +127,44 @@ def sharpness(images: Tensor, factor: Tensor) -> Tensor:
     """Move from the smoothed image (0) to beyond the image (above 1); the border stays."""
     if min(images.shape[-2:]) <= 2:
         return images
-    return _by_channel(images, lambda some: _sharpen(some, factor))
+    change = _per_image((1 - factor).float())
+    run = _sharpen_whole if images.dtype == torch.uint8 else _sharpen
+    return _by_channel(images, lambda some: run(some, change))
 
 
-def _sharpen(images: Tensor, factor: Tensor) -> Tensor:
-    whole = images.dtype == torch.uint8
-    values = images.to(torch.int16) if whole else images.float()
+def _sharpen(images: Tensor, change: Tensor) -> Tensor:
+    values = images.float()
     rows = values[..., :-2, :] + values[..., 1:-1, :] + values[..., 2:, :]
     total = rows[..., :-2] + rows[..., 1:-1] + rows[..., 2:]
     inside = values[..., 1:-1, 1:-1]
     total.add_(inside, alpha=4)
-    # a 3 x 3 kernel of ones with a 5 in the middle; 13 is odd, so no quotient is near a tie
-    smooth = divided(total.float(), 13)
-    smooth = smooth.round_() if whole else smooth
-    center = inside.float()
+    # a 3 x 3 kernel of ones with a 5 in the middle
+    moved = (divided(total, 13) - inside).double().mul_(change.double()).add_(inside).float()
     out = images.clone()
-    moved = (smooth - center).double().mul_(_per_image((1 - factor).float()).double())
-    moved = moved.add_(center).float()
     out[..., 1:-1, 1:-1] = _to_dtype(moved, images)
+    return out
+
+
+def _sharpen_whole(images: Tensor, change: Tensor) -> Tensor:
+    # All pixels lie in one row here: around an inner one, sums are those of its own image, and the
+    # others are put back at the end.
+    values = images.reshape(-1).to(torch.int16)
+    width = images.shape[-1]
+    row = values.clone()
+    row[1:-1].add_(values[:-2]).add_(values[2:])
+    total = row.clone()
+    total[width:-width].add_(row[: -2 * width]).add_(row[2 * width :])
+    # a 3 x 3 kernel of ones with a 5 in the middle; 13 is odd, so no quotient is near a tie
+    smooth = total.add_(values, alpha=4).float().mul_(1 / 13).round_().view(images.shape)
+    center = images.float()
+    smooth -= center
+    # Both products are exact, and so is the first sum: 10 and 14 bits. The second sum rounds once,
+    # as a fused multiply-add with the whole of `change` does.
+    high = change.mul(2**14).round_().div_(2**14)
+    moved = torch.addcmul(center, smooth, high).addcmul_(smooth, change - high)
+    out = _to_dtype(moved, images)
+    for edge in (..., 0), (..., -1), (..., 0, slice(None)), (..., -1, slice(None)):
+        out[edge] = images[edge]
     return out
 
 
@@ -161,10 +185,13 @@ def invert(images: Tensor) -> Tensor:
 def solarize(images: Tensor, threshold: Tensor) -> Tensor:
     """Invert what is at or above `threshold` `(n,)`, a share of the range."""
     limit = _per_image((threshold * _bound(images)).float())
-    if images.dtype == torch.uint8:
-        levels = _levels(images)
-        return _look_up(images, torch.where(levels >= limit, ~levels, levels))
-    return torch.where(images >= limit, 1 - images, images)
+    if images.dtype != torch.uint8:
+        return torch.where(images >= limit, 1 - images, images)
+    # Comparing bytes takes ten times as long as their minimum. What lies below the limit leaves a
+    # difference, what does not leaves 0, which becomes 255.
+    least = limit.ceil().clamp(0, 255).to(torch.uint8)
+    flip = (least - torch.minimum(images, least)).clamp_(max=1).sub_(1)
+    return flip.mul_((limit <= 255).to(torch.uint8)).bitwise_xor_(images)
 
 
 def autocontrast(images: Tensor) -> Tensor:
@@ -232,15 +259,15 @@ def warp(images: Tensor, matrix: Tensor, fill: Tensor | None, interpolation: str
         interpolation: `"nearest"` or `"bilinear"`.
     """
     height, width = images.shape[-2:]
-    x = torch.arange(width, device=images.device, dtype=torch.float32) - (width - 1) / 2
-    y = torch.arange(height, device=images.device, dtype=torch.float32)[:, None] - (height - 1) / 2
-    m = matrix[..., None, None]
-    source_x = (m[:, 0, 0] * x + m[:, 0, 1] * y) + m[:, 0, 2]
-    source_y = (m[:, 1, 0] * x + m[:, 1, 1] * y) + m[:, 1, 2]
     if interpolation == "nearest":
-        source_x, source_y = source_x + (width - 1) / 2, source_y + (height - 1) / 2
-        return _nearest(images, source_x.round_(), source_y.round_(), fill)
-    grid = torch.stack((divided(source_x, width / 2), divided(source_y, height / 2)), dim=-1)
+        if len(images) == 1 and images.is_cpu and height * width <= _KEPT_PIXELS:
+            index = _kept_index(tuple(matrix.flatten().tolist()), height, width)
+        else:
+            index = _index(matrix, height, width)
+        return _nearest(images, index, fill)
+    source_x, source_y = _sources(matrix, height, width)
+    source_x, source_y = divided(source_x, width / 2), divided(source_y, height / 2)
+    grid = torch.stack(torch.broadcast_tensors(source_x, source_y), dim=-1)
     values = images.float()
     if fill is None:
         sampled = grid_sample(values, grid, mode="bilinear", align_corners=False)
@@ -251,15 +278,46 @@ def warp(images: Tensor, matrix: Tensor, fill: Tensor | None, interpolation: str
     return _to_dtype(sampled.round_() if images.dtype == torch.uint8 else sampled, images)
 
 
-def _nearest(images: Tensor, x: Tensor, y: Tensor, fill: Tensor | None) -> Tensor:
-    """The pixels at whole coordinates `(n, height, width)`."""
+def _sources(matrix: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:
+    """Where pixels come from, x and y from the centre, `(n, height or 1, width or 1)`."""
+    device = matrix.device
+    x = torch.arange(width, device=device, dtype=torch.float32) - (width - 1) / 2
+    y = torch.arange(height, device=device, dtype=torch.float32)[:, None] - (height - 1) / 2
+
+    def source(line: Tensor) -> Tensor:
+        a, b, c = line[..., None, None].unbind(1)
+        # what is 0 everywhere need not be spread over all pixels; a GPU cannot look without waiting
+        across = a if line.is_cpu and not a.any() else a * x
+        down = b if line.is_cpu and not b.any() else b * y
+        return (across + down).add_(c)
+
+    return source(matrix[:, 0]), source(matrix[:, 1])
+
+
+_KEPT_PIXELS = 1 << 17  # a megabyte for each index
+
+
+def _index(matrix: Tensor, height: int, width: int) -> Tensor:
+    """Which pixels of framed images `_nearest` takes, `(n, height * width)`."""
+    source_x, source_y = _sources(matrix, height, width)
+    x = source_x.add_((width - 1) / 2).round_().clamp_(-1, width).int().add_(1)
+    y = source_y.add_((height - 1) / 2).round_().clamp_(-1, height).int().add_(1)
+    return y.mul_(width + 2).add(x).long().expand(-1, height, width).flatten(1)
+
+
+@lru_cache(maxsize=8)
+def _kept_index(matrix: tuple[float, ...], height: int, width: int) -> Tensor:
+    # RandAugment has six of these, and half of the time of a warp goes into them
+    with torch.inference_mode(False):  # what is kept must serve in any mode
+        return _index(torch.tensor(matrix, device="cpu").view(1, 2, 3), height, width)
+
+
+def _nearest(images: Tensor, index: Tensor, fill: Tensor | None) -> Tensor:
+    """Take pixels of images in a frame of one pixel, which shows for all that is outside."""
     height, width = images.shape[-2:]
-    # a frame of one pixel shows for all that is outside; masks would take most of the time
     framed = images.new_zeros(*images.shape[:2], height + 2, width + 2)
     if fill is not None:
         framed.copy_(fill.view(1, -1, 1, 1))
     framed[..., 1:-1, 1:-1] = images
-    columns = x.clamp_(-1, width).int().add_(1)
-    index = y.clamp_(-1, height).int().add_(1).mul_(width + 2).add_(columns).long().flatten(1)
     flat = framed.flatten(2)
     return flat.gather(2, index[:, None].expand(-1, flat.shape[1], -1)).view_as(images)
