@@ -456,7 +456,7 @@ def decoding(corpus: Corpus, folder: Path, rounds: int) -> list[Row]:
 
 
 def shuffle_quality(rows: int = 65_536, epochs: int = 16) -> list[Row]:
-    """What a batch of 256 is worth on data stored in sorted order."""
+    """What a batch of 256 is worth in sorted order, and where the rows of a block are alike."""
     lines = []
     for block in (64, 32):
         for window in (2048, 4096, 8192, 16_384, rows):
@@ -465,8 +465,23 @@ def shuffle_quality(rows: int = 65_536, epochs: int = 16) -> list[Row]:
             mean = 1 / statistics.mean(1 / value for value in values)
             live = 100 * min(1.0, 2 * window / rows)
             line = {"block_rows": block, "window_rows": window, "percent_live": live}
-            lines.append({**line, "worth": mean, "least": min(values), "most": max(values)})
+            line |= {"worth": mean, "least": min(values), "most": max(values)}
+            lines.append({**line, "worth_if_blocks_are_alike": worth_of_blocks(order, epochs)})
     return lines
+
+
+def worth_of_blocks(order: Order, epochs: int) -> float:
+    """The same where all rows of a block are alike, and blocks have nothing in common."""
+    rows, shared, batches = order.rows, 0, 0
+    for epoch in range(epochs):
+        blocks = order(epoch, np.arange(rows)) // order.block_rows
+        for batch in blocks.reshape(-1, 256):
+            counts = np.unique(batch, return_counts=True)[1]
+            shared += int((counts * counts).sum())
+            batches += 1
+    of_one_kind = shared / batches / 256**2  # two rows of a batch
+    chance = order.block_rows / rows
+    return (1 - chance) / (of_one_kind - chance)
 
 
 def order_cost() -> list[Row]:

@@ -1,9 +1,12 @@
 import os
+import pickle
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
+from contextlib import contextmanager
 
 import datasets
 import pytest
@@ -21,9 +24,9 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from torsh_data.text import BackTranslator, Translator, _translator
+from torsh_data.text import BackTranslator, Translator, _back_translation, _translator
 from torsh_data.text._back_translation import similarity
-from torsh_data.text._translator import _Choice
+from torsh_data.text._translator import _Choice, _sums, _weights
 
 WORDS = 40
 VOCAB = WORDS + 8
@@ -327,21 +330,114 @@ def test_a_shared_tokenizer_reads_the_language_of_each_way():
     assert tokenizer.src_lang == "eng_Latn"
     assert tokenizer("a")["input_ids"][0] == eng
 
+    wrong = []
 
-def test_weights_are_read_once_and_again_when_they_change(tmp_path, monkeypatch):
+    def read(way, code):
+        wrong.extend(code for _ in range(200) if way.rows(["a b"])[0][0] != code)
+
+    ways = ((translate._forward, eng), (translate._backward, deu))
+    threads = [threading.Thread(target=read, args=one) for one in ways]
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        for one in threads:
+            one.start()
+        for one in threads:
+            one.join()
+    finally:
+        sys.setswitchinterval(interval)
+    assert not wrong
+    with pytest.raises(TypeError):
+        translate._backward.rows([3])
+    assert tokenizer.src_lang == "eng_Latn"
+
+
+def optimizer_step(model, **options):
+    for one in model.parameters():
+        one.grad = torch.ones_like(one)
+    torch.optim.AdamW(model.parameters(), lr=0.1, **options).step()
+
+
+def swapped(model):
+    layers = model.get_encoder().layers[0]
+    layers.self_attn.k_proj, layers.self_attn.v_proj = (
+        layers.self_attn.v_proj, layers.self_attn.k_proj,
+    )  # fmt: skip
+
+
+@torch.inference_mode()
+def in_inference_mode(model):
+    model.final_logits_bias[0, 9] += 5
+
+
+CHANGES = {
+    "buffer": lambda model: model.final_logits_bias[0, 9].add_(5),
+    "inference": in_inference_mode,
+    "data": lambda model: next(model.parameters()).data[0].add_(1),
+    "data of others": lambda model: setattr(
+        next(model.parameters()), "data", torch.ones_like(next(model.parameters()))
+    ),
+    "load": lambda model: model.load_state_dict(marian(5).state_dict()),
+    "assign": lambda model: model.load_state_dict(marian(5).state_dict(), assign=True),
+    "step": optimizer_step,
+    "fused step": lambda model: optimizer_step(model, fused=True),
+    "numpy": lambda model: next(model.parameters()).detach().numpy().fill(1),
+    "modules": swapped,
+    "type": lambda model: model.bfloat16(),
+}
+
+
+@pytest.mark.parametrize("change", sorted(CHANGES))
+def test_every_change_of_weights_is_noticed(change):
+    model = marian()
+    before, sums = _weights(model), _sums(model.state_dict().values())
+    assert _weights(marian()) == before  # the content counts, and no address
+    CHANGES[change](model)
+    assert _weights(model) != before
+    assert _sums(model.state_dict().values()) != sums
+
+
+def test_sums_are_of_the_bits_of_any_tensor():
+    wide = torch.arange(24, dtype=torch.int32).view(4, 6)
+    tensors = [
+        wide.t()[1:],
+        torch.tensor(True),
+        torch.tensor(1.0),
+        torch.zeros(0, 3),
+        torch.tensor([2.0], dtype=torch.float64),
+    ]
+    tensors.append(torch.tensor([-0.0, 1.0], dtype=torch.bfloat16))
+    expected = [
+        int(sum(int.from_bytes(one.tobytes(), "little", signed=True) for one in flat.numpy()))
+        for flat in (one.contiguous().reshape(-1) for one in tensors[:-1])
+    ]
+    assert _sums(tensors) == (*expected, 0x3F80 - 0x8000)
+
+
+def test_results_of_other_weights_are_not_taken_from_the_cache(tmp_path):
+    shared = Translator(marian(), make_tokenizer())
+    translate = BackTranslator(shared, shared, cache_dir=tmp_path, min_similarity=0)
+    translate(texts(4), n=1)
+    optimizer_step(shared.model, fused=True)
+    translate(texts(4), n=1)
+    assert translate.report.cached == 0
+    assert len(list(tmp_path.iterdir())) == 2
+    translate(texts(4), n=1)
+    assert translate.report.cached == len(set(texts(4)))
+
+
+@pytest.mark.gpu
+def test_weights_on_a_gpu_are_read_once_and_again_when_they_change(monkeypatch):
     reads = []
     read = _translator._digest
     monkeypatch.setattr(_translator, "_digest", lambda model: reads.append(model) or read(model))
-    shared = Translator(marian(), make_tokenizer())
-    translate = BackTranslator(shared, shared, cache_dir=tmp_path, min_similarity=0)
-    for text in texts(4):
-        translate(text, n=1)
-    assert len(reads) == 1
-    with torch.no_grad():
-        shared.model.final_logits_bias[0, 9] += 5
-    translate("w1", n=1)
+    expected = _weights(marian())
+    model = marian().to("cuda")
+    assert [_weights(model) for _ in range(3)] == [expected] * 3
     assert len(reads) == 2
-    assert len(list(tmp_path.iterdir())) == 2
+    optimizer_step(model, fused=True)
+    assert _weights(model) != expected
+    assert len(reads) == 3
 
 
 def test_one_folder_named_twice_is_loaded_once(tmp_path):
@@ -361,13 +457,47 @@ def test_hugging_face_map():
     mapped = data.map(translate, batched=True, batch_size=4, fn_kwargs={"n": 2})
     assert mapped["text"][:] == [one for made in found for one in made]
     assert mapped["label"][:] == [k for k, made in enumerate(found) for _ in made]
-    before = datasets.fingerprint.Hasher.hash(translate)
-    translate(given[:2])
-    assert datasets.fingerprint.Hasher.hash(translate) == before
     with pytest.raises(TypeError, match="use batched=True"):
         translate({"text": given[0], "label": 1})
     with pytest.raises(ValueError, match="column='text'; there are"):
         translate({"body": given})
+
+
+def test_calls_do_not_change_the_hash_of_a_map(tmp_path):
+    translate = pair(cache_dir=tmp_path, batch_tokens=100_000)
+    before = datasets.fingerprint.Hasher.hash(translate)
+    translate(texts(6))
+    translate._forward.batch_tokens //= 2  # as when memory runs out
+    assert datasets.fingerprint.Hasher.hash(translate) == before
+    assert datasets.fingerprint.Hasher.hash(pair(max_ratio=3.0)) != before
+    again = pickle.loads(pickle.dumps(translate))
+    assert again._forward.batch_tokens == 100_000
+    assert again(texts(6)) == translate(texts(6))
+    assert again.report.cached == 2 * len(set(texts(6)))
+
+
+@pytest.mark.parametrize("options", [{}, {"num_beams": 3}])
+def test_the_bar_gets_to_its_end(monkeypatch, options):
+    bars = []
+
+    @contextmanager
+    def bar(shown, total, **names):
+        bars.append([shown, total, 0])
+
+        def advance(count):
+            bars[-1][2] += count
+
+        yield advance
+
+    monkeypatch.setattr(_back_translation, "progress_bar", bar)
+    monkeypatch.setattr(_back_translation, "_WINDOW", 4)
+    given = [*texts(9), " ".join(["w1"] * 200)]
+    pair(progress=True, **options)(given, n=2)
+    work = 2 * len(set(texts(9))) * (1 if options else 2)  # there and back, for each sample
+    assert bars == [[True, work, work]]
+    pair(progress=True, **options)("w1", n=1)
+    pair(progress=False)(given, n=2)
+    assert [one[0] for one in bars] == [True, False, False]
 
 
 def test_a_low_yield_warns():

@@ -201,6 +201,7 @@ def test_large_record_batches_are_shuffled_in_small_pieces():
     assert data.block_rows <= 1024
     loader = StreamLoader(data, 256, window=25_000)
     batch = next(iter(loader))
-    assert len(set(batch["label"].tolist())) > 50  # of one window in a piece it was 1 or 2
+    # half a window of 25 pieces with 2 or 3 labels each, of which 256 draws see most
+    assert len(set(batch["label"].tolist())) > 35
     assert (batch["label"] == batch["n"] // 500).all()
     assert [s["n"] for s in data] == list(range(50_000))

@@ -92,7 +92,7 @@ def test_without_shuffle_each_part_comes_in_its_own_order(mixture):
 
 
 def test_parts_with_blocks_keep_their_windows(tmp_path):
-    write_shards(({"n": n} for n in range(4096)), tmp_path / "x", block_bytes="512B")
+    write_shards(({"n": n} for n in range(4096)), tmp_path / "x", block_bytes="128B")
     sharded = ShardedDataset(tmp_path / "x")
     mixed = Mixture({"x": (sharded, 1), "y": ([{"n": -1}] * 100, 1)}, epoch_size=2000)
     loader = StreamLoader(mixed, 50, window=256, **ODD)

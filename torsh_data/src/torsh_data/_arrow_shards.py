@@ -39,10 +39,7 @@ class ArrowShard(Shard):
         self.nbytes = self.file.size
         if self.nbytes == 0:
             raise RuntimeError(f"{self.path} is empty, not an Arrow IPC file")
-        if isinstance(self.file, RemoteFile):
-            plan = Plan.of(self.file, self.store, "arrow", self._look)
-        else:
-            plan = self._look()
+        plan = Plan.of(self.file, self.store, "arrow", self._look)
         counts = plan.arrays["rows"].tolist()
         self._schema = as_read(plan.schema)
         self._decoded = plan.arrays["decoded"].reshape(len(counts), len(plan.schema))

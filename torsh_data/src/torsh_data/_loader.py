@@ -17,7 +17,7 @@ from torsh_data._announce import announcer
 from torsh_data._dataset import ShardedDataset
 from torsh_data._fingerprint import identify
 from torsh_data._mixture import Mixture
-from torsh_data._order import Order, effective_batch
+from torsh_data._order import Order
 from torsh_data._reader import Batch, Collate, Delivery, Reader
 from torsh_data._replaced import add_packed, pack_errors, sharded_in
 from torsh_data._requests import DropLast, EpochOrder, Requests, share
@@ -504,13 +504,13 @@ def _plan(dataset: Dataset[Any], least: int, seed: int, window: str | int) -> Ep
     blocks = order.window / order.block_rows
     if blocks < _FEW_BLOCKS and order.window < rows:
         batch = min(least or 256, rows)
-        worth = effective_batch(order, batch, 64)
-        if worth < batch / 4:
+        worth = 1 / (1 / (2 * blocks) + 1 / batch)  # two windows of blocks of one kind each
+        if worth < batch / 8:
             warnings.warn(
                 f"window={window!r} holds {blocks:.1f} blocks of {order.block_rows} rows, too few "
-                f"to mix them: if the data is stored in an order, such as by class, a batch of "
-                f"{batch} is worth about {max(1, round(worth))}; use a larger window=, smaller "
-                "blocks (row groups, record batches), or write_shards(shuffle_seed=...)",
+                f"to mix them: where the rows of a block are alike, such as of one class, a batch "
+                f"of {batch} is worth about {max(1, round(worth))}; use a larger window= or write "
+                "the data anew (torsh-data convert) in smaller blocks or shuffled (shuffle_seed=)",
                 stacklevel=3,
             )
     return order

@@ -32,10 +32,7 @@ class ParquetShard(Shard):
     def __post_init__(self) -> None:
         self.path = self.file.name
         self.is_remote = isinstance(self.file, RemoteFile)
-        if isinstance(self.file, RemoteFile):
-            plan = Plan.of(self.file, self.store, "parquet", self._look)
-        else:
-            plan = self._look()
+        plan = Plan.of(self.file, self.store, "parquet", self._look)
         counts = plan.arrays["rows"].tolist()
         self._bytes = plan.arrays["bytes"].reshape(len(counts), len(plan.schema))
         self._schema = as_read(plan.schema)

@@ -32,8 +32,12 @@ def is_abbreviation(word: str, before: str, after: str) -> bool:
     """
     low = word.lower()
     kind = _KINDS.get(low)
+    if kind == "number":
+        return after[:1].isdigit()
+    if kind == "title" and word == low and after[:1].isupper() and after.lower() in ENGLISH:
+        return False  # "on the mt. Then", but "Dr. No"
     if kind is not None:
-        return kind != "number" or after[:1].isdigit()
+        return True
     if low == "al":
         return before.lower() == "et"
     if not (is_initial(word) and after[:1].isupper()):

@@ -27,7 +27,8 @@ def merged_gap(left: str, right: str, *, first: bool, final: bool) -> str | None
         final: No word is behind it.
 
     Returns:
-        None if the word has to stay, because it is a part of something: "a/b", "(a)".
+        None if the word has to stay, because it is a part of something, "a/b", or the only word in
+        a bracket or of its first line.
 
     Example:
         >>> merged_gap(", ", ", ", first=False, final=False)
@@ -39,14 +40,17 @@ def merged_gap(left: str, right: str, *, first: bool, final: bool) -> str | None
     space, lead = left[len(body) :], right[: len(right) - len(rest)]
     opened = _is_one(body[-1:], _OPENING if space else _OPENING + _QUOTES)
     closed = _is_one(rest[:1], _CLOSING if lead else _CLOSING + _QUOTES)
-    if (opened and closed) or (_is_one(rest[:1], _QUOTES) and body[-1:] == rest[:1]):
+    alone = opened and (closed or "\n" in right)
+    if alone or (_is_one(rest[:1], _QUOTES) and body[-1:] == rest[:1]):
         return None
     inner = body if opened else body.rstrip(_CLOSING + _QUOTES)
     head = inner.rstrip(_MARKS) if space and not opened else inner
     mark = inner[len(head) :]
-    if mark and not mark.strip(_DASHES) and (head[-1:] == "\n" or (first and not head)):
+    begins = head[-1:] == "\n" or (first and not head)
+    if begins and inner == body and mark and not mark.strip(_DASHES):
         if "\n" in lead or (final and not rest):  # the only word of an item
-            return rest if first else head.rstrip() + right
+            above = head.rstrip()
+            return rest if first and not above else above + right
         head, mark, space = inner, "", "\n" + space
     behind, tail = ("", rest) if "\n" in lead else _leading_mark(rest, final=final)
     loose_left = space or opened or (first and not left)

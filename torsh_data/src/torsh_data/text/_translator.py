@@ -3,7 +3,7 @@
 import copy
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from threading import Lock
 from typing import TYPE_CHECKING, Any, cast
@@ -20,10 +20,9 @@ if TYPE_CHECKING:
 
 _WORD_STEP = 0xD1B54A32D192ED03 - 2**64
 _TOKENIZING = Lock()
-# by model: the (address, version) of its tensors, and the digest of their content
-_DIGESTS: WeakKeyDictionary[torch.nn.Module, tuple[tuple[tuple[int, int], ...], str]] = (
-    WeakKeyDictionary()
-)
+_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+# by model: the sums of its tensors, and the digest of their content
+_DIGESTS: WeakKeyDictionary[torch.nn.Module, tuple[tuple[int, ...], str]] = WeakKeyDictionary()
 _OUT_OF_MEMORY = ("out of memory", "can't allocate memory")
 
 
@@ -85,7 +84,7 @@ class Direction:
         self.model: Any
         self._spec = translator
         self._name = name
-        self.batch_tokens = batch_tokens
+        self._asked = self.batch_tokens = batch_tokens
         if isinstance(translator.model, (str, os.PathLike)):
             if translator.tokenizer is not None:
                 raise ValueError(f"{name}: a tokenizer is only given with a model, not with its id")
@@ -118,6 +117,10 @@ class Direction:
         limits = [getattr(self.model.config, "max_position_embeddings", None)]
         limits.append(getattr(self._tokenizer, "model_max_length", None))
         self.limit = min([one for one in limits if isinstance(one, int) and one > 0] or [10**9])
+
+    def __getstate__(self) -> dict[str, Any]:
+        # as made: what calls have learnt would change the hash that names a data set's cache
+        return {**self.__dict__, "batch_tokens": self._asked, "_vocabulary": None}
 
     def _frame(self) -> tuple[str, str]:
         prompt = self._spec.prompt
@@ -157,7 +160,7 @@ class Direction:
     def fingerprint(self) -> str:
         """Changes if weights, vocabulary, settings or prompt change.
 
-        All weights are read once, and again after changes that PyTorch knows of.
+        The weights are looked at with each call, and any change of them is noticed.
         """
         if self._vocabulary is None:
             rust = getattr(self._tokenizer, "backend_tokenizer", None)
@@ -183,7 +186,7 @@ class Direction:
                 # a chat template has written the special tokens itself
                 found = self._tokenizer(prompts, add_special_tokens=not self._chat, verbose=False)
             finally:
-                if source != before and before is not None:
+                if source != before and before is not None:  # None cannot be set
                     self._tokenizer.src_lang = before
         return found["input_ids"]
 
@@ -298,15 +301,26 @@ class _Choice:
 
 
 def _weights(model: torch.nn.Module) -> str:
-    """A digest of all weights; models that are shared, or did not change, are read once."""
-    tensors = [*model.parameters(), *model.buffers()]
-    if any(one.is_inference() for one in tensors):  # their changes are not counted
+    """A digest of all weights.
+
+    To read them is less work than to write one token. Where they would have to be copied to the CPU
+    first, they are only when the sums of their bits changed: versions of tensors do not count what
+    fused optimizers and `.data` do.
+    """
+    tensors = model.state_dict().values()
+    if all(one.is_cpu for one in tensors):
         return _digest(model)
-    state = tuple((one.data_ptr(), one._version) for one in tensors)
+    state = _sums(tensors)
     known = _DIGESTS.get(model)
     if known is None or known[0] != state:
         _DIGESTS[model] = known = (state, _digest(model))
     return known[1]
+
+
+def _sums(tensors: Iterable[Tensor]) -> tuple[int, ...]:
+    """The sum of each tensor's bits as integers."""
+    sums = [one.detach().view(_INTEGERS[one.element_size()]).sum() for one in tensors]
+    return tuple(int(one) for one in sums)
 
 
 def _digest(model: torch.nn.Module) -> str:
