@@ -26,7 +26,7 @@ sys.path.insert(0, str(ROOT / "torsh_quant" / "src"))
 
 from torsh_quant import QuantConv2d, __version__, _cpu, explain, quantize  # noqa: E402
 from torsh_quant._cpu import ConvShape  # noqa: E402
-from torsh_quant._numerics import exact_conv2d, quantize_rows  # noqa: E402
+from torsh_quant._numerics import exact_convolution, quantize_rows  # noqa: E402
 
 Call = Callable[[], Tensor]
 
@@ -67,10 +67,8 @@ def check(layer: QuantConv2d, x: Tensor) -> None:
     kernel = layer.integers().view(layer.out_channels, -1, *layer.kernel_size)
     ones = torch.ones(layer.out_channels, 1)
     shifted = (q + _cpu.zero_point_for(bits)).to(torch.uint8)
-    sums = _cpu.conv2d(shifted, layer.integers(), ones, layer.kernel_size, shape, bits)
-    exact = exact_conv2d(
-        q, kernel, list(shape.stride), list(shape.padding), list(shape.dilation), shape.groups
-    )
+    sums = _cpu.convolution(shifted, layer.integers(), ones, layer.kernel_size, shape, bits)
+    exact = exact_convolution(q, kernel, shape)
     if not torch.equal(sums, exact.float()):
         raise RuntimeError("the integer convolution is not exact here")
 
@@ -99,7 +97,7 @@ def layer_calls(layer: nn.Conv2d, x: Tensor) -> dict[str, Call]:
         "torsh w8a8": lambda: contiguous(x),
         "torsh w8a8, channels last": lambda: last(y),
         "torsh w4a16, channels last": lambda: floats(y),
-        "the product alone": lambda: _cpu.conv2d(
+        "the product alone": lambda: _cpu.convolution(
             ready, last.weight, last.scale, last.kernel_size, shape, bits
         ),
     }

@@ -78,7 +78,7 @@ def test_conv_kernel_is_exact(channels, out, window, shape, layout, kind):
     expected = torch.einsum("bgkp,gok->bgop", grouped, matrix).reshape(2, out, -1)
     q = (images + _cpu.zero_point_for(bits)).to(torch.uint8).contiguous(memory_format=layout)
     stored = weight.to(torch.int8).flatten(1)
-    sums = _cpu.conv2d(q, stored, torch.ones(out, 1), window, shape, bits)
+    sums = _cpu.convolution(q, stored, torch.ones(out, 1), window, shape, bits)
     assert torch.equal(sums.flatten(2), expected.float())
 
 
@@ -144,7 +144,7 @@ def test_nothing_is_kept_for_inference_tensors():
 def test_packed_copies_go_with_the_layer(kind, fast, scheme, monkeypatch):
     if not fast:
         monkeypatch.setattr(_cpu, "linear_kernels", lambda: (_cpu.FLOAT64,))
-        monkeypatch.setattr(_cpu, "conv_kernels", lambda: (_cpu.FLOAT64,))
+        monkeypatch.setattr(_cpu, "conv_kernels", lambda dims=2: (_cpu.FLOAT64,))
     gc.collect()
     before = len(_cpu._packs)
     if kind == "linear":

@@ -18,7 +18,7 @@ def net():
 def wide(monkeypatch, bits):
     kernels = (IntegerKernel("an int8 kernel", bits), FLOAT64)
     monkeypatch.setattr(_explain, "linear_kernels", lambda: kernels)
-    monkeypatch.setattr(_explain, "conv_kernels", lambda: kernels)
+    monkeypatch.setattr(_explain, "conv_kernels", lambda dims=2: kernels)
 
 
 def test_rows_follow_the_model(monkeypatch):

@@ -5,8 +5,9 @@ from hypothesis import strategies as st
 from torch.ao.quantization.observer import PerChannelMinMaxObserver
 
 from torsh_quant._numerics import (
+    ConvShape,
     dequantize_weight,
-    exact_conv2d,
+    exact_convolution,
     exact_linear,
     fold_groups,
     low_bytes,
@@ -218,5 +219,5 @@ def test_exact_products_against_python_integers():
     ]
     assert exact_linear(q.float(), weight.to(torch.int8)).tolist() == expected
     image, kernel = q[:1].reshape(1, 1, 1, 7), weight[:2].reshape(2, 1, 1, 7)
-    out = exact_conv2d(image, kernel, [1, 1], [0, 0], [1, 1], 1)
+    out = exact_convolution(image, kernel, ConvShape((1, 1), (0, 0), (1, 1), 1))
     assert out.flatten().tolist() == expected[0][:2]

@@ -11,8 +11,17 @@ from torsh_quant._numerics import (
     quantize_rows,
 )
 
-LINEAR = torch.ops.torsh_quant.linear
-CONV = torch.ops.torsh_quant.conv2d
+
+def LINEAR(x, weight, scale, zero_point, bias, act_bits, act_scale=None, act_zero_point=None):  # noqa: N802
+    return torch.ops.torsh_quant.linear(
+        x, weight, scale, zero_point, bias, act_bits, act_scale, act_zero_point
+    )
+
+
+def CONV(x, weight, scale, zero_point, bias, act_bits, *window):  # noqa: N802
+    return torch.ops.torsh_quant.convolution(
+        x, weight, scale, zero_point, bias, act_bits, None, None, *window
+    )
 
 
 def linear_in_integers(x, weight, scale, bias, bits):
@@ -177,11 +186,23 @@ def test_conv_of_no_images(device):
 def test_operators_obey_the_rules_of_torch(act_bits, gradient):
     weight = torch.randint(-127, 128, (4, 72), dtype=torch.int8)
     x = torch.randn(5, 72, requires_grad=gradient)
-    opcheck(LINEAR.default, (x, weight, torch.rand(4, 2), None, torch.rand(4), act_bits))
+    arguments = (weight, torch.rand(4, 2), None, torch.rand(4), act_bits, None, None)
+    opcheck(torch.ops.torsh_quant.linear.default, (x, *arguments))
     images = torch.randn(2, 8, 6, 6, requires_grad=gradient)
     opcheck(
-        CONV.default,
-        (images, weight, torch.rand(4, 2), None, torch.rand(4), act_bits, *CONVS["same"], False),
+        torch.ops.torsh_quant.convolution.default,
+        (
+            images,
+            weight,
+            torch.rand(4, 2),
+            None,
+            torch.rand(4),
+            act_bits,
+            None,
+            None,
+            *CONVS["same"],
+            False,
+        ),
     )
 
 
@@ -234,7 +255,7 @@ def test_conv_in_float64_gives_the_same(monkeypatch):
     scale, bias = torch.rand(16, 2), torch.randn(16)
     arguments = (x, weight, scale, None, bias, bits, *CONVS["strided"], False)
     fast = CONV(*arguments)
-    monkeypatch.setattr(_cpu, "conv_kernels", lambda: (_cpu.FLOAT64,))
+    monkeypatch.setattr(_cpu, "conv_kernels", lambda dims=2: (_cpu.FLOAT64,))
     # The sums are the same integers; the zero point is added before or after rounding to floats.
     torch.testing.assert_close(
         CONV(*arguments), fast, rtol=1e-5, atol=1e-5 * fast.abs().max().item()

@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, partial
+from math import prod
 from typing import Any, cast
 from weakref import ReferenceType, ref
 
@@ -18,7 +19,13 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from torsh_quant._numerics import exact_conv2d, exact_linear, fold_groups, stored_integers
+from torsh_quant._numerics import (
+    ConvShape,
+    exact_convolution,
+    exact_linear,
+    fold_groups,
+    stored_integers,
+)
 
 Packed = Any  # a ScriptObject of torch's own, or a Tensor in oneDNN's layout
 
@@ -36,16 +43,6 @@ class IntegerKernel:
     name: str
     act_bits: int
     fast: bool = True
-
-
-@dataclass(frozen=True)
-class ConvShape:
-    """Where a convolution's window goes: height and width of each, and the groups."""
-
-    stride: tuple[int, ...]
-    padding: tuple[int, ...]
-    dilation: tuple[int, ...]
-    groups: int
 
 
 FLOAT64 = IntegerKernel("float64, exact but slow", 8, fast=False)
@@ -239,7 +236,9 @@ def _pack_conv(weight: Tensor, scale: Tensor, shape: ConvShape, act_bits: int) -
 def _conv_onednn(q: Tensor, packed: Packed, shape: ConvShape, act_bits: int) -> Tensor:
     weight, scale, zeros = packed
     zero_point = zero_point_for(act_bits)
-    out = torch.ops.onednn.qconv_pointwise(
+    ops = torch.ops.onednn
+    run = ops.qconv_pointwise if q.ndim == 4 else ops.qconv3d_pointwise
+    out = run(
         q,
         1.0,
         zero_point,
@@ -262,14 +261,19 @@ def _conv_onednn(q: Tensor, packed: Packed, shape: ConvShape, act_bits: int) -> 
 
 
 @cache
-def conv_kernels() -> tuple[IntegerKernel, ...]:
-    """Return the convolution kernels that are exact here, best first; float64 is the last."""
-    shape = ConvShape((1, 1), (1, 1), (1, 1), 1)
-    weight = torch.full((16, 16, 3, 3), 127, dtype=torch.int8)
+def conv_kernels(dims: int = 2) -> tuple[IntegerKernel, ...]:
+    """Return the convolution kernels that are exact here, best first; float64 is the last.
+
+    Args:
+        dims: 2 or 3; what has one is an image of one row.
+    """
+    ones = (1,) * dims
+    shape = ConvShape(ones, ones, ones, 1)
+    weight = torch.full((16, 16, *(3,) * dims), 127, dtype=torch.int8)
     weight[::2] = -127
     for act_bits in (8, 7):
-        q = _extremes(act_bits).view(3, 16, 4, 4)
-        expected = exact_conv2d(q, weight, [1, 1], [1, 1], [1, 1], 1)
+        q = _extremes(act_bits).view(3, 16, *(1,) * (dims - 2), 4, 4)
+        expected = exact_convolution(q, weight, shape)
         q = (q + zero_point_for(act_bits)).to(torch.uint8)
         try:
             packed = _pack_conv(weight, torch.ones(16), shape, act_bits)
@@ -281,34 +285,33 @@ def conv_kernels() -> tuple[IntegerKernel, ...]:
     return (FLOAT64,)
 
 
-def conv2d(
+def convolution(
     q: Tensor,
     weight: Tensor,
     scale: Tensor,
-    kernel_size: tuple[int, int],
+    kernel_size: tuple[int, ...],
     shape: ConvShape,
     act_bits: int,
 ) -> Tensor:
     """Convolve integer images with a stored weight and scale each channel.
 
     Args:
-        q: ``(batch, channels, height, width)`` uint8 holding integers of ``act_bits`` bits plus
+        q: ``(batch, channels, ...)`` uint8 holding integers of ``act_bits`` bits plus
             :func:`zero_point_for` them.
         weight: ``(out_channels, ...)`` int8, or uint8 with two 4-bit integers a byte.
         scale: ``(out_channels, scale groups)``.
-        kernel_size: Height and width of the window.
+        kernel_size: Sides of the window, 2 or 3.
         shape: The other figures of the convolution.
         act_bits: At most that of the first of :func:`conv_kernels`.
 
     Returns:
-        ``(batch, out_channels, height, width)`` float32, in whatever memory format the kernel has.
+        ``(batch, out_channels, ...)`` float32, in whatever memory format the kernel has.
     """
     channels = q.shape[1] // shape.groups
-    height, width = kernel_size
 
     def integers() -> tuple[Tensor, Tensor]:
-        flat, channel = folded(weight, scale, channels * height * width)
-        return flat.view(-1, channels, height, width), channel
+        flat, channel = folded(weight, scale, channels * prod(kernel_size))
+        return flat.view(-1, channels, *kernel_size), channel
 
     packed = remembered(
         weight,
@@ -323,5 +326,5 @@ def activation_bits(asked: int, device: torch.device, layer: str) -> int:
     """Return the width of the activations' integers: ``asked``, or what is exact on this CPU."""
     if device.type != "cpu":
         return asked
-    kernels = linear_kernels() if layer == "linear" else conv_kernels()
+    kernels = linear_kernels() if layer == "linear" else conv_kernels(3 if layer == "conv3d" else 2)
     return min(asked, kernels[0].act_bits)

@@ -7,10 +7,11 @@ from dataclasses import dataclass
 import torch
 
 from torsh_quant import _cpu
-from torsh_quant._cpu import ConvShape
 from torsh_quant._explain import plan_for
-from torsh_quant._modules import QuantConv2d, QuantizedLayer, QuantLinear
-from torsh_quant._numerics import exact_conv2d, exact_linear
+from torsh_quant._layer import QuantizedLayer
+from torsh_quant._numerics import ConvShape, exact_convolution, exact_linear
+from torsh_quant._quant_conv import QuantConv2d
+from torsh_quant._quant_linear import QuantLinear
 
 SCHEMES = ("w8a8", "w4a8", "w8a16", "w4a16")
 _CAPS = ("ONEDNN_MAX_CPU_ISA", "FBGEMM_ENABLE_INSTRUCTIONS", "ATEN_CPU_CAPABILITY")
@@ -88,9 +89,9 @@ def _self_check() -> dict[str, bool]:
         -largest, largest + 1, (8, 32, 15, 15), generator=generator, dtype=torch.int8
     )
     images[0], weight[0] = largest, 127
-    expected = exact_conv2d(images, weight.view(32, 16, 3, 3), [2, 1], [0, 0], [1, 2], 2)
+    expected = exact_convolution(images, weight.view(32, 16, 3, 3), shape)
     shifted = (images.short() + largest + 1).to(torch.uint8)
-    sums = _cpu.conv2d(shifted, weight, torch.ones(32, 1), (3, 3), shape, kernel.act_bits)
+    sums = _cpu.convolution(shifted, weight, torch.ones(32, 1), (3, 3), shape, kernel.act_bits)
     found[f"conv2d: {kernel.name}"] = torch.equal(sums, expected.float())
     return found
 

@@ -6,9 +6,11 @@ import torch
 from torch import nn
 
 from torsh_quant._cpu import conv_kernels, linear_kernels
+from torsh_quant._layer import QuantizedLayer
 from torsh_quant._layers import quantizable_layers, quantized_layers
 from torsh_quant._linear import int_mm_takes
-from torsh_quant._modules import QuantConv2d, QuantizedLayer
+from torsh_quant._quant_conv import QuantConv
+from torsh_quant._quant_embedding import QuantEmbedding
 from torsh_quant._table import text_table
 
 
@@ -133,12 +135,14 @@ _Choice = tuple[str, int | None, str, str, bool]
 
 
 def _choice(layer: QuantizedLayer, device: torch.device) -> _Choice:
+    if isinstance(layer, QuantEmbedding):
+        return "dequantize the rows asked for", None, "about 1x", "", False
     if not layer.act_bits:
         return _float_choice(layer, device)
     if device.type == "cpu":
         return _cpu_choice(layer)
     rows = layer.scale.shape[0]
-    if device.type == "cuda" and not isinstance(layer, QuantConv2d):
+    if device.type == "cuda" and not isinstance(layer, QuantConv):
         if int_mm_takes((rows, layer.columns)):
             reason = "scales and rounding of activations run as separate launches"
             return "cuBLAS int8", layer.act_bits, "about 1x; more for large batches", reason, False
@@ -150,7 +154,7 @@ def _choice(layer: QuantizedLayer, device: torch.device) -> _Choice:
 
 def _float_choice(layer: QuantizedLayer, device: torch.device) -> _Choice:
     kernel = "dequantize, float product"
-    if isinstance(layer, QuantConv2d):
+    if isinstance(layer, QuantConv):
         return kernel, None, "about 1x", "the weight is converted at every call", True
     reason = "the weight is converted at every call"
     if device.type == "cpu" and layer.scheme.weight.symmetric:
@@ -159,8 +163,8 @@ def _float_choice(layer: QuantizedLayer, device: torch.device) -> _Choice:
 
 
 def _cpu_choice(layer: QuantizedLayer) -> _Choice:
-    conv = isinstance(layer, QuantConv2d)
-    kernel = (conv_kernels() if conv else linear_kernels())[0]
+    conv = isinstance(layer, QuantConv)
+    kernel = (conv_kernels(max(2, layer.dims)) if conv else linear_kernels())[0]
     act_bits = min(layer.act_bits, kernel.act_bits)
     if not kernel.fast:
         reason = "no int8 kernel of this build of torch is exact on this CPU"

@@ -2,23 +2,62 @@
 
 from collections.abc import Iterator, Sequence
 from fnmatch import fnmatchcase
+from typing import cast
 
 from torch import Tensor, nn
 
-from torsh_quant._modules import QuantizedLayer
+from torsh_quant._layer import QuantizedLayer
+from torsh_quant._quant_conv import CONVOLUTIONS, FloatConv, QuantConv
+from torsh_quant._quant_embedding import QuantEmbedding
+from torsh_quant._quant_linear import QuantLinear
+from torsh_quant._rounding import Rounded
+from torsh_quant._spec import Scheme
 
-FloatLayer = nn.Linear | nn.Conv2d
+FloatLayer = nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d
+FloatTable = FloatLayer | nn.Embedding
+_KINDS: tuple[type[nn.Module], ...] = (nn.Linear, *CONVOLUTIONS)
 
 
 def quantizable_layers(model: nn.Module) -> Iterator[tuple[str, FloatLayer]]:
-    """Yield the name and module of each plain ``nn.Linear`` and ``nn.Conv2d``, each module once.
+    """Yield the name and module of each plain linear layer and convolution, each module once.
 
     Subclasses are left out: what they do with their weight is not known. Among them is the output
     projection of ``nn.MultiheadAttention``, whose weight is read without calling the layer.
     """
     for name, module in model.named_modules():
-        if type(module) is nn.Linear or type(module) is nn.Conv2d:
+        if type(module) in _KINDS:
+            yield name, cast("FloatLayer", module)
+
+
+def embedding_layers(model: nn.Module) -> Iterator[tuple[str, nn.Embedding]]:
+    """Yield the name and module of each plain ``nn.Embedding``, each module once."""
+    for name, module in model.named_modules():
+        if type(module) is nn.Embedding:
             yield name, module
+
+
+def quantized_layer(
+    name: str,
+    layer: FloatTable,
+    scheme: Scheme,
+    rounded: Rounded | None = None,
+    act: tuple[Tensor, Tensor] | None = None,
+) -> QuantLinear | QuantConv | QuantEmbedding:
+    """Make the quantized layer of a float one, by default rounding to nearest.
+
+    Args:
+        name: Used in error messages.
+        layer: The float layer.
+        scheme: Its scheme.
+        rounded: The integers.
+        act: Scale and zero point of the input for static schemes.
+    """
+    if isinstance(layer, nn.Embedding):
+        return QuantEmbedding.from_float(layer, scheme, name=name, rounded=rounded)
+    if isinstance(layer, nn.Linear):
+        return QuantLinear.from_float(layer, scheme, name=name, rounded=rounded, act=act)
+    made = CONVOLUTIONS[type(layer)]
+    return made.from_float(cast("FloatConv", layer), scheme, name=name, rounded=rounded, act=act)
 
 
 def quantized_layers(model: nn.Module) -> Iterator[tuple[str, QuantizedLayer]]:

@@ -8,7 +8,14 @@ from torch import Tensor
 
 from torsh_quant import _cpu
 from torsh_quant._cpu import activation_bits, channel_sums, plain_integers
-from torsh_quant._numerics import dequantize_weight, exact_linear, quantize_rows, stored_integers
+from torsh_quant._numerics import (
+    dequantize_weight,
+    exact_linear,
+    narrowed,
+    quantize_rows,
+    quantize_static,
+    stored_integers,
+)
 
 _BLOCK = 2**20  # weights turned to floats at a time on CPUs: what stays in the caches
 
@@ -56,6 +63,8 @@ def quantized_linear(
     zero_point: Tensor | None,
     bias: Tensor | None,
     act_bits: int,
+    act_scale: Tensor | None,
+    act_zero_point: Tensor | None,
 ) -> Tensor:
     """Apply a quantized weight to ``x`` ``(..., in_features)``; see :class:`QuantLinear`."""
     if not act_bits:
@@ -65,7 +74,11 @@ def quantized_linear(
     if not rows.shape[0]:
         return x.new_empty(shape)
     bits = activation_bits(act_bits, x.device, "linear")
-    q, row_scale, row_zero = quantize_rows(rows, bits)
+    if act_scale is None or act_zero_point is None:
+        q, row_scale, row_zero = quantize_rows(rows, bits)
+    else:
+        row_scale, row_zero = narrowed(act_scale, act_zero_point, act_bits, bits)
+        q = quantize_static(rows, row_scale, row_zero, bits)
     if x.device.type == "cpu":
         out = _cpu.linear(q, weight, scale, bits)
     else:

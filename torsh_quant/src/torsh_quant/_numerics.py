@@ -5,11 +5,24 @@ second dimension. Integers are int8, two 4-bit ones to a byte where ``packed``; 
 ``(out_features, groups)``; a zero point is int8 of the same shape, or None.
 """
 
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from torsh_quant._spec import IntSpec
+
+
+@dataclass(frozen=True)
+class ConvShape:
+    """Where a convolution's window goes: one figure for each side, and the groups."""
+
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    dilation: tuple[int, ...]
+    groups: int
+
 
 TINY = torch.finfo(torch.float32).tiny
 ROUNDER = 1.5 * 2**23
@@ -225,11 +238,64 @@ def row_qparams(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
         >>> row_qparams(torch.tensor([[0.0, 3.0, 6.0], [-2.0, 1.0, 4.0]]), bits=3)
         (tensor([[1.], [1.]]), tensor([[3.], [1.]]))
     """
-    qmax = 2 ** (bits - 1) - 1
     dims = tuple(range(1, x.ndim))
-    low, high = x.amin(dims, keepdim=True).clamp_(max=0), x.amax(dims, keepdim=True).clamp_(min=0)
+    return range_qparams(x.amin(dims, keepdim=True), x.amax(dims, keepdim=True), bits)
+
+
+def range_qparams(low: Tensor, high: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """Choose scales and zero points for ranges, as :func:`row_qparams` does.
+
+    Args:
+        low: Lower ends, float32 of any shape; above 0 they count as 0.
+        high: Upper ends, of the same shape; below 0 they count as 0.
+        bits: 2 to 8.
+
+    Returns:
+        Scale and zero point, float32 of that shape.
+
+    Example:
+        >>> range_qparams(torch.tensor(-2.0), torch.tensor(4.0), bits=3)
+        (tensor(1.), tensor(1.))
+    """
+    qmax = 2 ** (bits - 1) - 1
+    low, high = low.clamp(max=0), high.clamp(min=0)
     scale = (high / (2 * qmax) - low / (2 * qmax)).clamp_(min=TINY)
     return scale, torch.ceil(high / scale).sub_(qmax)
+
+
+def narrowed(scale: Tensor, zero_point: Tensor, bits: int, fewer: int) -> tuple[Tensor, Tensor]:
+    """Rewrite the scale and zero point of a range for fewer bits.
+
+    Example:
+        >>> narrowed(torch.tensor(1.0), torch.tensor(127.0), bits=8, fewer=7)[1]
+        tensor(63.)
+    """
+    if bits == fewer:
+        return scale, zero_point
+    qmax = 2 ** (bits - 1) - 1
+    return range_qparams((zero_point - qmax) * scale, (zero_point + qmax) * scale, fewer)
+
+
+def quantize_static(x: Tensor, scale: Tensor, zero_point: Tensor, bits: int) -> Tensor:
+    """Round to integers with one scale for all, values out of its range to the nearest end.
+
+    Args:
+        x: Any shape.
+        scale: float32 ``()``.
+        zero_point: float32 ``()``, a whole number.
+        bits: 2 to 8.
+
+    Returns:
+        Integer-valued float32 of the shape of ``x``: ``round(x / scale - zero_point)``, half to
+        even, from ``-2**(bits-1)`` to ``2**(bits-1) - 1``.
+
+    Example:
+        >>> quantize_static(torch.tensor([-9.0, 0.0, 2.5]), torch.tensor(1.0), torch.tensor(1.0), 3)
+        tensor([-4., -1.,  2.])
+    """
+    limit = 2 ** (bits - 1)
+    q = (x.float() / scale).sub_(zero_point).clamp_(-limit, limit - 1)
+    return q.add_(ROUNDER).sub_(ROUNDER)
 
 
 def quantize_rows(x: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -255,11 +321,20 @@ def quantize_rows(x: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
     return (x / scale).add_(ROUNDER - zero_point).sub_(ROUNDER), scale, zero_point
 
 
-def low_bytes(x: Tensor, scale: Tensor, shift: Tensor, out: Tensor) -> None:
+def low_bytes(
+    x: Tensor, scale: Tensor, shift: Tensor, out: Tensor, bits: int | None = None
+) -> None:
     """Write ``round(x / scale + shift)`` to a uint8 tensor, in three passes.
 
     A float32 between 2**23 and 2**24 has no bits for fractions: adding one rounds, half to even,
     and leaves the integer in the low bits, where a conversion picks up one byte.
+
+    Args:
+        x: Any shape.
+        scale: Broadcasts to it.
+        shift: Whole numbers; broadcasts to it.
+        out: uint8 of the shape of ``x``.
+        bits: Clamp to what so many bits hold; None where nothing can be beyond.
 
     Example:
         >>> out = torch.empty(3, dtype=torch.uint8)
@@ -267,7 +342,10 @@ def low_bytes(x: Tensor, scale: Tensor, shift: Tensor, out: Tensor) -> None:
         >>> out.tolist()
         [126, 128, 130]
     """
-    out.copy_((x / scale).add_(shift + ROUNDER).view(torch.int32))
+    sums = (x / scale).add_(shift + ROUNDER)
+    if bits is not None:
+        sums.clamp_(ROUNDER, ROUNDER + 2**bits - 1)
+    out.copy_(sums.view(torch.int32))
 
 
 def exact_linear(q: Tensor, weight: Tensor) -> Tensor:
@@ -283,14 +361,8 @@ def exact_linear(q: Tensor, weight: Tensor) -> Tensor:
     return torch.round(q.double() @ weight.double().T)
 
 
-def exact_conv2d(
-    q: Tensor,
-    weight: Tensor,
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
-    groups: int,
-) -> Tensor:
+def exact_convolution(q: Tensor, weight: Tensor, shape: ConvShape) -> Tensor:
     """Convolve integers exactly, through float64 as :func:`exact_linear` does."""
-    out = F.conv2d(q.double(), weight.double(), None, stride, padding, dilation, groups)
-    return torch.round(out)
+    run = F.conv2d if q.ndim == 4 else F.conv3d
+    window = (shape.stride, shape.padding, shape.dilation, shape.groups)
+    return torch.round(run(q.double(), weight.double(), None, *window))

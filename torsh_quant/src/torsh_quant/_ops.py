@@ -1,19 +1,20 @@
-"""The operators behind quantized layers: one for linear maps, one for convolutions.
+"""The operators behind quantized layers: linear maps, convolutions and embeddings.
 
 Registered with torch, so that ``torch.compile`` and ``torch.export`` see one node with plain
 tensors going in. ``act_bits=0`` means float activations: the weight is turned back to floats.
 """
 
 from collections.abc import Callable, Sequence
+from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from torsh_quant._conv import output_format, output_size, quantized_conv2d
-from torsh_quant._cpu import ConvShape
+from torsh_quant._conv import output_format, output_size, quantized_convolution
+from torsh_quant._embedding import quantized_embedding
 from torsh_quant._linear import quantized_linear
-from torsh_quant._numerics import dequantize_weight, stored_integers
+from torsh_quant._numerics import ConvShape, dequantize_weight, stored_integers
 
 # Not torch.library.custom_op, whose first call imports the compiler: seconds that a forward pass
 # would have to wait.
@@ -27,17 +28,32 @@ def _linear_shape(
     zero_point: Tensor | None,
     bias: Tensor | None,
     act_bits: int,
+    act_scale: Tensor | None,
+    act_zero_point: Tensor | None,
 ) -> Tensor:
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
 
-def _conv2d_shape(
+def _embedding_shape(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    embedding_dim: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    return scale.new_empty((*x.shape, embedding_dim), dtype=dtype)
+
+
+def _convolution_shape(
     x: Tensor,
     weight: Tensor,
     scale: Tensor,
     zero_point: Tensor | None,
     bias: Tensor | None,
     act_bits: int,
+    act_scale: Tensor | None,
+    act_zero_point: Tensor | None,
     kernel_size: Sequence[int],
     stride: Sequence[int],
     padding: Sequence[int],
@@ -46,16 +62,24 @@ def _conv2d_shape(
     channels_last: bool,
 ) -> Tensor:
     shape = ConvShape(tuple(stride), tuple(padding), tuple(dilation), groups)
+    layout = torch.contiguous_format if x.ndim == 3 else output_format(x, channels_last)
     return torch.empty(
         output_size(x, weight.shape[0], kernel_size, shape),
         dtype=x.dtype,
         device=x.device,
-        memory_format=output_format(x, channels_last),
+        memory_format=layout,
     )
 
 
+_INPUT_GRADIENTS = (
+    torch.nn.grad.conv1d_input,
+    torch.nn.grad.conv2d_input,
+    torch.nn.grad.conv3d_input,
+)
+
+
 def _remember_linear(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, weight, scale, zero_point, _, _ = inputs
+    x, weight, scale, zero_point, *_ = inputs
     ctx.save_for_backward(weight, scale, zero_point)
     ctx.in_features = x.shape[-1]
 
@@ -65,58 +89,65 @@ def _linear_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     floats = dequantize_weight(
         stored_integers(weight, ctx.in_features, scale.shape[1]), scale, zero_point
     )
-    return (grad @ floats.to(grad.dtype), None, None, None, None, None)
+    return (grad @ floats.to(grad.dtype), *(None,) * 7)
 
 
-def _remember_conv2d(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, weight, scale, zero_point, _, _, kernel, *window, _ = inputs
+def _remember_convolution(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, weight, scale, zero_point, _, _, _, _, kernel, *window, _ = inputs
     ctx.save_for_backward(weight, scale, zero_point)
     ctx.size, ctx.kernel, ctx.window = x.shape, kernel, window
 
 
-def _conv2d_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+def _convolution_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     weight, scale, zero_point = ctx.saved_tensors
     stride, padding, dilation, groups = ctx.window
     channels = ctx.size[1] // groups
-    height, width = ctx.kernel
-    q = stored_integers(weight, channels * height * width, scale.shape[1])
-    floats = dequantize_weight(q, scale, zero_point).view(-1, channels, height, width)
-    back = torch.nn.grad.conv2d_input(
+    q = stored_integers(weight, channels * prod(ctx.kernel), scale.shape[1])
+    floats = dequantize_weight(q, scale, zero_point).view(-1, channels, *ctx.kernel)
+    back = _INPUT_GRADIENTS[len(ctx.kernel) - 1](
         ctx.size, floats.to(grad.dtype), grad, stride, padding, dilation, groups
     )
-    return (back, *(None,) * 11)
+    return (back, *(None,) * 13)
 
 
 def _register(
     schema: str,
     kernel: Callable[..., Tensor],
     shape: Callable[..., Tensor],
-    remember: Callable[..., None],
-    backward: Callable[..., tuple[Tensor | None, ...]],
+    remember: Callable[..., None] | None = None,
+    backward: Callable[..., tuple[Tensor | None, ...]] | None = None,
 ) -> None:
     _LIBRARY.define(schema, tags=[torch.Tag.pt2_compliant_tag])
     name = schema.partition("(")[0]
     _LIBRARY.impl(name, kernel, "CompositeExplicitAutograd")
     full = f"torsh_quant::{name}"
     torch.library.register_fake(full, shape, lib=_LIBRARY)
+    if backward is None:
+        return
     # The gradient of the input passes rounding as if it were not there (straight through).
     torch.library.register_autograd(full, backward, setup_context=remember, lib=_LIBRARY)
 
 
 _register(
     "linear(Tensor x, Tensor weight, Tensor scale, Tensor? zero_point, Tensor? bias, "
-    "int act_bits) -> Tensor",
+    "int act_bits, Tensor? act_scale, Tensor? act_zero_point) -> Tensor",
     quantized_linear,
     _linear_shape,
     _remember_linear,
     _linear_backward,
 )
 _register(
-    "conv2d(Tensor x, Tensor weight, Tensor scale, Tensor? zero_point, Tensor? bias, "
-    "int act_bits, int[] kernel_size, int[] stride, int[] padding, int[] dilation, "
-    "int groups, bool channels_last) -> Tensor",
-    quantized_conv2d,
-    _conv2d_shape,
-    _remember_conv2d,
-    _conv2d_backward,
+    "convolution(Tensor x, Tensor weight, Tensor scale, Tensor? zero_point, Tensor? bias, "
+    "int act_bits, Tensor? act_scale, Tensor? act_zero_point, int[] kernel_size, int[] stride, "
+    "int[] padding, int[] dilation, int groups, bool channels_last) -> Tensor",
+    quantized_convolution,
+    _convolution_shape,
+    _remember_convolution,
+    _convolution_backward,
+)
+_register(
+    "embedding(Tensor x, Tensor weight, Tensor scale, Tensor? zero_point, int embedding_dim, "
+    "ScalarType dtype) -> Tensor",
+    quantized_embedding,
+    _embedding_shape,
 )

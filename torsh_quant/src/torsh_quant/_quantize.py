@@ -9,16 +9,17 @@ import torch
 from torch import nn
 
 from torsh_quant._explain import plan_for
+from torsh_quant._layer import QuantizedLayer
 from torsh_quant._layers import (
     FloatLayer,
     matches,
     model_bytes,
     quantizable_layers,
+    quantized_layer,
     quantized_layers,
     replace_modules,
     require_matches,
 )
-from torsh_quant._modules import QuantConv2d, QuantizedLayer, QuantLinear
 from torsh_quant._spec import Scheme
 from torsh_quant._table import text_table
 
@@ -157,7 +158,7 @@ def quantize(
             note = notes.get(name, "skipped")
             rows.append(LayerReport(name, "float", size, size, 0.0, 0.0, note))
             continue
-        made = _quantized(name, layer, chosen_scheme)
+        made = quantized_layer(name, layer, chosen_scheme)
         first = by_weight.setdefault(id(layer.weight), made)
         if first is not made and first.scheme == made.scheme and type(first) is type(made):
             made.weight, made.scale, made.zero_point = first.weight, first.scale, first.zero_point
@@ -202,7 +203,6 @@ def dequantize(
     model = model if inplace else copy.deepcopy(model)
     new: dict[nn.Module, nn.Module] = {}
     for _, layer in quantized_layers(model):
-        assert isinstance(layer, (QuantLinear, QuantConv2d))
         new[layer] = layer.to_float(dtype)
     model = replace_modules(model, new)
     model.__dict__.pop("quant_report", None)
@@ -256,12 +256,6 @@ def _left_alone(model: nn.Module, chosen: Mapping[str, Scheme | None]) -> dict[s
     for name, note in notes.items():
         warnings.warn(f"{name!r} stays float: {note}", stacklevel=3)
     return notes
-
-
-def _quantized(name: str, layer: FloatLayer, scheme: Scheme) -> QuantLinear | QuantConv2d:
-    if isinstance(layer, nn.Linear):
-        return QuantLinear.from_float(layer, scheme, name=name)
-    return QuantConv2d.from_float(layer, scheme, name=name)
 
 
 def _report(name: str, layer: FloatLayer, made: QuantizedLayer, size: int) -> LayerReport:

@@ -9,8 +9,14 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 import torch
 from torch import Tensor, nn
 
-from torsh_quant._layers import FloatLayer, quantizable_layers, quantized_layers, replace_modules
-from torsh_quant._modules import QuantConv2d, QuantizedLayer, QuantLinear
+from torsh_quant._layer import QuantizedLayer
+from torsh_quant._layers import (
+    FloatLayer,
+    quantizable_layers,
+    quantized_layer,
+    quantized_layers,
+    replace_modules,
+)
 from torsh_quant._spec import Scheme
 from torsh_quant._table import text_table
 
@@ -195,7 +201,10 @@ def sensitivity(
             values, samples = _by_swapping(model, layers, batches, parsed, score)
     rows = [
         LayerScore(
-            name, str(scheme), values[name, str(scheme)], _nbytes(_made(layer, scheme, name))
+            name,
+            str(scheme),
+            values[name, str(scheme)],
+            _nbytes(quantized_layer(name, layer, scheme)),
         )
         for name, layer in layers.items()
         for scheme in parsed
@@ -213,12 +222,6 @@ def _every_layer_called() -> Iterator[None]:
         yield
     finally:
         torch.backends.mha.set_fastpath_enabled(before)
-
-
-def _made(layer: FloatLayer, scheme: Scheme, name: str) -> QuantLinear | QuantConv2d:
-    if isinstance(layer, nn.Linear):
-        return QuantLinear.from_float(layer, scheme, name=name)
-    return QuantConv2d.from_float(layer, scheme, name=name)
 
 
 def _nbytes(layer: QuantizedLayer) -> int:
@@ -258,7 +261,7 @@ def _by_swapping(
         expected = [_run(model, batch).float() for batch in batches]
         for name, layer in layers.items():
             for scheme in schemes:
-                made = _made(layer, scheme, name)
+                made = quantized_layer(name, layer, scheme)
                 swapped = replace_modules(model, {layer: made})
                 try:
                     found = [_run(swapped, batch).float() for batch in batches]
@@ -292,7 +295,7 @@ def _by_gradient(
 ) -> tuple[dict[tuple[str, str], float], int]:
     generator = torch.Generator().manual_seed(seed)
     made = {
-        (name, scheme): _made(layer, scheme, name)
+        (name, scheme): quantized_layer(name, layer, scheme)
         for name, layer in layers.items()
         for scheme in schemes
     }

@@ -7,9 +7,10 @@ from typing import Literal
 Granularity = Literal["tensor", "channel", "token"]
 
 _PRESET = re.compile(
-    r"w(?P<weight>[2-8])a(?P<act>[4-8]|16)(-(?:g(?P<group>\d+)|(?P<unit>channel|tensor)))?"
-    r"(?P<asymmetric>-asym)?"
+    r"w(?P<weight>[2-8])a(?:(?P<act>[2-8])(?P<static>-static)?|16)"
+    r"(-(?:g(?P<group>\d+)|(?P<unit>channel|tensor)))?(?P<asymmetric>-asym)?"
 )
+_ACTS = (("token", True), ("tensor", False))
 
 
 @dataclass(frozen=True)
@@ -23,7 +24,8 @@ class IntSpec:
         group: What shares one scale: the whole ``"tensor"``, an output ``"channel"``, a
             ``"token"`` (one row of activations; one image for convolutions), or that many
             neighbouring weights of one output channel.
-        dynamic: The scale is taken from the values at run time (activations only).
+        dynamic: The scale is taken from the values at run time, not from calibration data
+            (activations only).
 
     Raises:
         ValueError: If ``bits`` or ``group`` is out of range.
@@ -68,15 +70,16 @@ class Scheme:
 
     Wherever a scheme is asked for, its short name does: ``w8a8`` (8-bit weights, 8-bit
     activations, integer arithmetic), ``w4a16`` (4-bit weights, float arithmetic). The pattern is
-    ``w{2-8}a{4-8|16}``, then ``-g{size}``, ``-channel`` or ``-tensor`` for what shares a weight
-    scale, then ``-asym`` for weights with zero points.
+    ``w{2-8}a{2-8|16}``, then ``-static`` for activations with one scale, found on calibration data,
+    then ``-g{size}``, ``-channel`` or ``-tensor`` for what shares a weight scale, then ``-asym``
+    for weights with zero points.
 
     Args:
         weight: Format of the weight. ``group=None`` picks per layer: one scale per output channel
             above 4 bits, groups (see :func:`default_group_size`) at 4 bits and below.
-        act: Format of the input; None leaves it in floating point. Always with a zero point, per
-            token and dynamic. ``bits=7`` gives the same integers on every machine: CPUs without
-            VNNI have no fast exact 8-bit product (see :func:`explain`).
+        act: Format of the input; None leaves it in floating point. Always with a zero point: per
+            token and dynamic, or per tensor and static. ``bits=7`` gives the same integers on every
+            machine: CPUs without VNNI have no fast exact 8-bit product (see :func:`explain`).
 
     Raises:
         ValueError: If the two formats cannot be multiplied as integers.
@@ -86,6 +89,8 @@ class Scheme:
         IntSpec(bits=4, symmetric=True, group=32, dynamic=False)
         >>> Scheme.parse("w8a8").act
         IntSpec(bits=8, symmetric=False, group='token', dynamic=True)
+        >>> Scheme.parse("w8a8-static").act
+        IntSpec(bits=8, symmetric=False, group='tensor', dynamic=False)
         >>> str(Scheme.parse("w4a16-g32-asym"))
         'w4a16-g32-asym'
     """
@@ -101,10 +106,11 @@ class Scheme:
             )
         if self.act is None:
             return
-        if self.act.group != "token" or not self.act.dynamic or self.act.symmetric:
+        if (self.act.group, self.act.dynamic) not in _ACTS or self.act.symmetric:
             raise ValueError(
                 f"act={self.act} is not supported; use "
-                "IntSpec(bits, symmetric=False, group='token', dynamic=True)"
+                "IntSpec(bits, symmetric=False, group='token', dynamic=True), or group='tensor' "
+                "with dynamic=False"
             )
         if not self.weight.symmetric:
             raise ValueError(
@@ -124,8 +130,8 @@ class Scheme:
         found = _PRESET.fullmatch(scheme)
         if found is None:
             raise ValueError(
-                f"scheme={scheme!r} is not known; use for example 'w8a8', 'w8a16', 'w4a16', "
-                "'w4a8' or 'w4a16-g32-asym'"
+                f"scheme={scheme!r} is not known; use for example 'w8a8', 'w8a8-static', 'w8a16', "
+                "'w4a16', 'w4a8' or 'w4a16-g32-asym'"
             )
         bits, unit = int(found["weight"]), found["unit"]
         group: Granularity | int | None = "channel" if bits > 4 else None
@@ -134,10 +140,16 @@ class Scheme:
         elif unit:
             group = "tensor" if unit == "tensor" else "channel"
         weight = IntSpec(bits=bits, symmetric=not found["asymmetric"], group=group)
-        if found["act"] == "16":
+        if not found["act"]:
             return cls(weight)
-        act = IntSpec(bits=int(found["act"]), symmetric=False, group="token", dynamic=True)
+        shared: Granularity = "tensor" if found["static"] else "token"
+        act = IntSpec(int(found["act"]), symmetric=False, group=shared, dynamic=not found["static"])
         return cls(weight, act)
+
+    @property
+    def is_static(self) -> bool:
+        """Whether the scale of the input comes from calibration data."""
+        return self.act is not None and not self.act.dynamic
 
     def __str__(self) -> str:
         default = "channel" if self.weight.bits > 4 else None
@@ -146,7 +158,8 @@ class Scheme:
         if group is None and default is not None:
             unit = "-auto"
         tail = "" if self.weight.symmetric else "-asym"
-        return f"w{self.weight.bits}a{self.act.bits if self.act else 16}{unit}{tail}"
+        act = f"{self.act.bits}{'-static' * self.is_static}" if self.act else "16"
+        return f"w{self.weight.bits}a{act}{unit}{tail}"
 
 
 def default_group_size(in_features: int) -> int:
