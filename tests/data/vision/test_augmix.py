@@ -109,7 +109,8 @@ def test_the_module_shows_its_settings():
         ({"mixture_width": 101}, "mixture_width=101"),
         ({"chain_depth": 0}, "chain_depth=0 does nothing; use 1 or more"),
         ({"alpha": 0.0}, "alpha=0.0 must be above 0"),
-        ({"alpha": float("nan")}, "alpha=nan must be above 0"),
+        ({"alpha": float("nan")}, "alpha=nan must be finite"),
+        ({"alpha": float("inf")}, "alpha=inf must be finite"),
     ],
 )
 def test_settings_out_of_range_are_refused(options, message):

@@ -110,6 +110,42 @@ def test_cutmix_boxes_cover_one_minus_lambda_where_nothing_is_clipped():
     assert stats.kstest(side + 1e-3, density.cdf).pvalue > 1e-3
 
 
+@pytest.mark.parametrize("alpha", [0.5, 1.0])
+def test_centres_of_boxes_are_uniform_over_the_image(alpha):
+    """Not over the places where the box fits: one in the corner shows a quarter of itself."""
+    mix = vision.MixupCutmix(2, mixup_alpha=0.0, cutmix_alpha=alpha)
+    _, box = mix._draw(keys(20_000).numpy(), 1000, 1000)
+    for near, far, low, high in ((0, 1, 2, 3), (2, 3, 0, 1)):
+        whole = (box[:, near] > 0) & (box[:, far] < 1000) & (box[:, far] > box[:, near])
+        half = (box[whole, far] - box[whole, near]) // 2  # not clipped along this side, so that
+        left, right = box[whole, low], box[whole, high]  # the other's clipped box tells its centre
+        centre = np.where(left > 0, left + half, right - half)
+        jitter = np.random.default_rng(0).random(len(centre))  # pixels are whole
+        assert stats.kstest((centre + jitter) / 1000, "uniform").pvalue > 1e-3
+        assert (left == 0).any()
+        assert (right == 1000).any()
+
+
+def test_in_evaluation_mode_nothing_is_mixed():
+    images, labels = torch.rand(4, 3, 8, 8), torch.arange(4)
+    mix = vision.MixupCutmix(4, label_smoothing=0.1)
+    mixed, targets = mix.eval()(images, labels)
+    assert mixed is images
+    assert targets is labels
+    assert not torch.equal(mix.train()(images, labels)[0], images)
+
+
+def test_targets_of_several_classes_are_mixed_with_their_weights():
+    several = torch.tensor([[True, True, False], [False, False, True]])
+    images, numbers = torch.rand(2, 1, 8, 8), keys(2)
+    mixed, targets = vision.MixupCutmix(3)(images, several, numbers)
+    again = vision.MixupCutmix(3)(images, several.float(), numbers)
+    assert torch.equal(mixed, again[0])
+    assert torch.equal(targets, again[1])
+    assert torch.equal(targets[:, 0], targets[:, 1])
+    assert torch.allclose(targets[:, 1] + targets[:, 2], torch.ones(2))
+
+
 def test_shares_of_mixed_and_cut_images_are_as_asked():
     mix = vision.MixupCutmix(2, prob=0.7, switch_prob=0.3)
     weight, box = mix._draw(keys(20_000).numpy(), 64, 64)
@@ -174,6 +210,9 @@ def test_the_module_shows_its_settings():
         ({"num_classes": 0}, "num_classes=0"),
         ({"mixup_alpha": -1.0}, "mixup_alpha=-1.0 and cutmix_alpha=1.0 must not be negative"),
         ({"mixup_alpha": 0.0, "cutmix_alpha": 0.0}, "one of them above 0"),
+        ({"mixup_alpha": float("nan")}, "mixup_alpha=nan must be finite"),
+        ({"cutmix_alpha": float("inf")}, "cutmix_alpha=inf must be finite"),
+        ({"prob": float("nan")}, "prob=nan must be finite"),
         ({"prob": 1.1}, r"prob=1.1 must be in \[0, 1\]"),
         ({"switch_prob": -0.1}, "switch_prob=-0.1"),
         ({"label_smoothing": 1.0}, r"label_smoothing=1.0 must be in \[0, 1\)"),
@@ -220,6 +259,31 @@ def test_settings_out_of_range_are_refused(options, message):
 def test_inputs_that_do_not_fit_are_refused(images, labels, options, message):
     with pytest.raises(ValueError, match=message):
         vision.MixupCutmix(3)(images, labels, **options)
+
+
+@pytest.mark.parametrize("labels", [torch.tensor([True, False]), torch.zeros(2).cfloat()])
+def test_labels_that_are_no_numbers_of_classes_are_refused(labels):
+    with pytest.raises(ValueError, match=f"and dtype {labels.dtype}, expected class numbers"):
+        vision.MixupCutmix(3)(torch.zeros(2, 1, 4, 4), labels)
+
+
+@pytest.mark.parametrize(
+    ("images", "labels", "message"),
+    [
+        (torch.zeros(2, 1, 4, 4), [0, 1], r"labels is a list; use a tensor of class numbers"),
+        ([b"\xff\xd8"], torch.zeros(1).long(), r"images\[0\] is bytes"),
+        ("ab", torch.zeros(1).long(), r"images is a str; use a tensor \(batch, channels"),
+    ],
+)
+def test_other_kinds_than_tensors_are_refused(images, labels, message):
+    with pytest.raises(TypeError, match=message):
+        vision.MixupCutmix(3)(images, labels)
+
+
+@pytest.mark.parametrize("option", ["mixup_alpha", "prob", "label_smoothing"])
+def test_settings_of_another_kind_are_refused(option):
+    with pytest.raises(TypeError, match=f"{option}='0.1' must be a number, not a str"):
+        vision.MixupCutmix(3, **{option: "0.1"})
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

@@ -1,5 +1,6 @@
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch.nn.functional import grid_sample
@@ -54,6 +55,27 @@ def test_each_operation_is_that_of_torchvision(name, channels, pictures, torchvi
         assert max(different(ours(images, name, m), images) for m in cases(name)) > 0.1
 
 
+def torchvision_rounds_products():
+    """Whether matrix products round each product, or fuse it with the sum, as some CPUs do."""
+    values = torch.tensor([1.0, 1 + 2**-12]).expand(1, 1000, 2).contiguous()
+    return values.bmm(torch.tensor([[[-1.0], [1 + 2**-12]]]))[0, 0].item() == 2**-11
+
+
+@pytest.mark.parametrize("size", [(37, 30), (28, 28), (160, 161)])
+@pytest.mark.parametrize("name", MOVES)
+def test_pixels_from_half_way_between_two_are_those_of_torchvision(name, size, torchvision_op):
+    """A shear of 0.2 has one row in five of them, a quarter turn of an uneven picture all."""
+    if not torchvision_rounds_products():
+        pytest.skip("torchvision's coordinates have fused products on this CPU")
+    images = torch.randint(0, 256, (1, 3, *size), dtype=torch.uint8)
+    tops = {"Rotate": (30.0, 135.0)}.get(name, (0.3, 0.99))
+    strengths = {m for top in tops for m in torch.linspace(0, top, 31).tolist()}
+    strengths |= set(np.random.default_rng(0).uniform(-tops[1], tops[1], 40).tolist())
+    for magnitude in strengths | {-m for m in strengths}:
+        a, b = ours(images, name, magnitude), torchvision_op(images, name, magnitude)
+        assert torch.equal(a, b), magnitude
+
+
 def exact_bilinear(images, name, magnitude):
     """The warp in float64, without rounding to whole levels."""
     height, width = images.shape[-2:]
@@ -83,6 +105,17 @@ def test_bilinear_warps_differ_only_where_a_level_is_half_way(name, pictures, to
         assert torch.equal(a[~half_way], exact.round().int()[~half_way])
         assert torch.equal(a[~half_way], b[~half_way])
         assert (a - b).abs().max() <= 1
+
+
+@pytest.mark.parametrize("size", [(37, 30), (1, 1), (5, 2)])
+@pytest.mark.parametrize("name", sorted(WARPS))
+def test_bilinear_warps_of_floats_are_those_of_torchvision(name, size, pictures, torchvision_op):
+    images = pictures(3, *size) / 255
+    for magnitude in cases(name, *size):
+        a = ours(images, name, magnitude, "bilinear")
+        b = torchvision_op(images, name, magnitude, "bilinear")
+        # coordinates are wrong by at most 2e-5, along x and along y
+        assert torch.allclose(a, b, rtol=0, atol=2 * 2e-5)
 
 
 @pytest.mark.parametrize("size", [(8, 11), (224, 224)])

@@ -1,10 +1,11 @@
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from torsh_data import StreamLoader, vision
+from torsh_data import ShardedDataset, StreamLoader, vision, write_shards
 from torsh_data.vision._pipeline import BatchPipeline
 
 PLAIN = {"flip": 0.0, "erase": 0.0, "dtype": torch.float32}
@@ -30,9 +31,10 @@ def test_images_are_normalized_like_torchvision_does_it(pictures):
     assert torch.allclose(floats.double(), normalized(pictures()), rtol=0, atol=2e-6)
 
 
-def test_the_defaults_suit_a_model_in_bfloat16(pictures):
+def test_the_defaults_suit_a_model_as_torch_makes_it(pictures):
     done = BatchPipeline()(pictures())
-    assert done.dtype == torch.bfloat16
+    assert done.dtype == torch.float32
+    torch.nn.Conv2d(3, 1, 3)(done)
     assert done.is_contiguous(memory_format=torch.channels_last)
     rows = BatchPipeline(memory_format=torch.contiguous_format)(pictures())
     assert rows.is_contiguous()
@@ -211,14 +213,82 @@ def test_it_shows_its_settings_and_has_no_state():
         ({"mean": (0.5, 0.5), "std": (1.0, 1.0)}, "need one value each for 1 or 3 channels"),
         ({"std": (0.2, 0.2, 0.0)}, r"std=\(0.2, 0.2, 0.0\) must be above 0"),
         ({"dtype": torch.uint8}, "dtype=torch.uint8 holds no normalized values"),
-        ({"erase_scale": (0.5, 0.1)}, r"erase_scale=\(0.5, 0.1\) must be two shares"),
+        ({"erase_scale": (0.5, 0.1)}, r"erase_scale=\(0.5, 0.1\) must be two numbers"),
+        ({"erase_scale": (0.5, 1.1)}, r"erase_scale=\(0.5, 1.1\) must be in \[0, 1\]"),
         ({"erase_ratio": (0.0, 0.1)}, r"erase_ratio=\(0.0, 0.1\) must be above 0"),
+        ({"erase_ratio": (0.3, 1.0, 3.0)}, r"erase_ratio=\(0.3, 1.0, 3.0\) must be two numbers"),
+        ({"erase_ratio": (0.3, float("inf"))}, r"erase_ratio=\(0.3, inf\) must be finite"),
+        ({"mean": (0.5, float("nan"), 0.5)}, r"mean=\(0.5, nan, 0.5\) must be finite"),
+        ({"std": (0.5, float("inf"), 0.5)}, r"std=\(0.5, inf, 0.5\) must be finite"),
+        ({"flip": float("nan")}, "flip=nan must be finite"),
+        ({"erase_value": float("nan")}, "erase_value=nan must be finite"),
         ({"erase_value": "noise"}, "erase_value='noise'; use a number or 'random'"),
     ],
 )
 def test_settings_out_of_range_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         BatchPipeline(**options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"policy": lambda images: images}, "policy is a function; use a Policy such as Rand"),
+        ({"policy": vision.RandAugment}, "policy is a type; use a Policy"),
+        ({"mix": torch.nn.Identity()}, r"mix is a Identity; use MixupCutmix\(num_classes\)"),
+        ({"mean": 0.5}, "mean=0.5 must be a sequence of numbers, not a float"),
+        ({"std": "abc"}, "std='abc' must be a sequence of numbers, not a str"),
+        ({"mean": ("a", 0.5, 0.5)}, "must hold numbers, not a str"),
+        ({"flip": True}, "flip=True must be a number, not a bool"),
+        ({"erase": "all"}, "erase='all' must be a number, not a str"),
+        ({"erase_scale": 0.3}, "erase_scale=0.3 must be a sequence"),
+        ({"erase_value": None}, "erase_value=None must be a number"),
+        ({"dtype": "float32"}, "dtype='float32' is no torch.dtype; use one such as torch.float32"),
+        ({"memory_format": torch.preserve_format}, "use torch.channels_last or torch.contiguous"),
+        ({"image": 0}, "image=0 must be the name of an entry of the batch"),
+    ],
+)
+def test_settings_of_another_kind_are_refused(options, message):
+    with pytest.raises(TypeError, match=message):
+        BatchPipeline(**options)
+
+
+def test_moments_may_be_tensors_and_arrays(pictures):
+    done = BatchPipeline(**PLAIN, mean=torch.tensor(MEAN).double(), std=np.array(STD))(pictures())
+    assert torch.equal(done, BatchPipeline(**PLAIN)(pictures()))
+
+
+@pytest.mark.parametrize(
+    ("images", "message"),
+    [
+        (3, r"images is a int; use a tensor \(batch, channels, height, width\), or a mapping"),
+        (np.zeros((2, 3, 4, 4)), "images is a ndarray; use a tensor"),
+        ([torch.zeros(3, 4, 4)], "images is a list; use a tensor .* brings images to one size"),
+        (b"\xff\xd8", "images is bytes, such as those of an image file; decode them"),
+        ([b"\xff\xd8"], r"images\[0\] is bytes.* transform=f\) with torchvision.io.decode_image"),
+        ({"image": [b"\xff\xd8"]}, r"images\[0\] is bytes, .* \(tar files: decode='torch'\)"),
+        ({"image": torch.zeros(1, 3, 4, 4), "label": [1]}, "labels is a list; use a tensor"),
+        (torch.zeros(2, 3, 4, 4).long(), "images has dtype torch.int64; use uint8"),
+    ],
+)
+def test_batches_of_another_kind_are_refused(images, message):
+    with pytest.raises(TypeError, match=message):
+        full()(images) if not isinstance(images, torch.Tensor) else BatchPipeline()(images)
+
+
+def test_a_loader_of_files_says_how_to_decode_them(tmp_path):
+    write_shards([{"image": b"\xff\xd8\xff\xe0" * 9, "label": 0}] * 4, tmp_path / "files")
+    batch = next(iter(StreamLoader(ShardedDataset(tmp_path / "files"), 4)))
+    with pytest.raises(TypeError, match=r"images\[0\] is bytes.*transform=f"):
+        full()(batch)
+
+
+@pytest.mark.parametrize("make", [list, np.asarray, lambda keys: torch.tensor(keys).int()])
+def test_keys_may_come_in_a_list_or_an_array(make, pictures):
+    expected = full()(pictures(), torch.arange(9), torch.arange(9))
+    done = full()(pictures(), torch.arange(9), make(range(9)))
+    assert torch.equal(done[0], expected[0])
+    assert torch.equal(done[1], expected[1])
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,10 @@ POLICIES = {
     "svhn": vision.AutoAugment("svhn"),
     "AugMix": vision.AugMix(),
 }
+each_policy_class = pytest.mark.parametrize(
+    "kind",
+    [vision.RandAugment, vision.TrivialAugmentWide, vision.AutoAugment, vision.AugMix],
+)
 each_policy = pytest.mark.parametrize("policy", POLICIES.values(), ids=POLICIES)
 
 
@@ -136,6 +140,30 @@ def test_a_transform_gives_what_the_batch_gives(workers, tmp_path, pictures):
                 assert torch.equal(inside[index], image)
 
 
+@pytest.mark.parametrize(("workers", "kind"), [(0, "process"), (2, "process"), (2, "thread")])
+def test_a_transform_gives_what_the_pipeline_gives(workers, kind, tmp_path, pictures):
+    """The policy in workers with the sample's generator, or after the loader in the batch."""
+    images = pictures().repeat(3, 1, 1, 1)
+    write_shards(({"image": i, "label": k % 5} for k, i in enumerate(images)), tmp_path / "shards")
+    policy, finish = vision.RandAugment(), {"flip": 0.5, "erase": 0.5, "erase_value": "random"}
+
+    def augmented(sample, rng):
+        rng.random(5)  # a crop draws first
+        return {**sample, "image": policy(sample["image"], rng=rng)}
+
+    data = ShardedDataset(tmp_path / "shards", transform=augmented)
+    inside = StreamLoader(data, 9, seed=3, epoch=2, num_workers=workers, workers=kind)
+    outside = StreamLoader(ShardedDataset(tmp_path / "shards"), 9, seed=3, epoch=2)
+    mix = vision.MixupCutmix(5)
+    before = vision.BatchPipeline(None, mix=mix, **finish)
+    after = vision.BatchPipeline(policy, mix=mix, **finish)
+    for a, b in zip(inside, outside, strict=True):
+        assert a["index"].tolist() == b["index"].tolist()
+        first, second = before(a), after(b)
+        assert torch.equal(first["image"], second["image"])
+        assert torch.equal(first["label"], second["label"])
+
+
 def test_another_generator_gives_its_next_numbers(pictures):
     images, policy = pictures(), vision.RandAugment()
     first = policy(images, rng=np.random.default_rng(5))
@@ -193,6 +221,7 @@ def test_a_policy_of_ones_own_needs_a_draw(pictures):
     [
         (1, {}, TypeError, "images is a int; use a Pillow image, a tensor"),
         ([1], {}, TypeError, r"images\[0\] is a int; use a Pillow image"),
+        ([b"\xff\xd8"], {}, TypeError, r"images\[0\] is bytes, .* transform=f"),
         (
             [torch.zeros(2, 3, 4, 4)],
             {},
@@ -217,9 +246,10 @@ def test_a_policy_of_ones_own_needs_a_draw(pictures):
         (
             torch.zeros(2, 3, 4, 4),
             {"keys": torch.zeros(2)},
-            ValueError,
-            "dtype torch.float32, expected",
+            TypeError,
+            "keys has dtype torch.float32; use whole numbers",
         ),
+        (torch.zeros(3, 4, 4), {"rng": 7}, TypeError, "rng is a int; use a numpy.random.Generator"),
         (
             torch.zeros(1, 3, 4, 4),
             {"keys": 1, "rng": np.random.default_rng(0)},
@@ -236,6 +266,49 @@ def test_inputs_that_are_not_images_are_refused(images, options, error, message)
 def test_a_fill_that_does_not_fit_is_refused(pictures):
     with pytest.raises(ValueError, match=r"fill=\[1, 2\] has 2 values for 3 channels"):
         vision.RandAugment(fill=[1, 2])(pictures())
+
+
+@each_policy_class
+@pytest.mark.parametrize(
+    ("fill", "error", "message"),
+    [
+        (-1, ValueError, r"fill=-1 must be in \[0, 255\] for uint8, in \[0, 1\] for floats"),
+        (256, ValueError, "fill=256 must be in"),
+        ((0, 0, 300.0), ValueError, r"fill=\(0, 0, 300.0\) must be in"),
+        (float("nan"), ValueError, r"fill=\(nan,\) must be finite"),
+        (True, TypeError, r"fill=\(True,\) must hold numbers, not a bool"),
+        ("black", TypeError, "fill='black' must be a sequence of numbers, not a str"),
+    ],
+)
+def test_a_fill_that_is_no_value_of_a_pixel_is_refused(kind, fill, error, message):
+    with pytest.raises(error, match=message):
+        kind(fill=fill)
+
+
+def test_floats_are_filled_with_a_share(pictures):
+    with pytest.raises(ValueError, match=r"fill=128 must be in \[0, 1\] for images of torch.float"):
+        vision.RandAugment(fill=128)(pictures() / 255)
+    vision.RandAugment(fill=np.float32(0.5))(pictures() / 255)
+
+
+@pytest.mark.parametrize("value", [True, 2.0, "2", None])
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [
+        (vision.RandAugment, "num_ops"),
+        (vision.RandAugment, "magnitude"),
+        (vision.RandAugment, "num_magnitude_bins"),
+        (vision.TrivialAugmentWide, "num_magnitude_bins"),
+        (vision.AugMix, "severity"),
+        (vision.AugMix, "mixture_width"),
+        (vision.AugMix, "chain_depth"),
+        (vision.MixupCutmix, "num_classes"),
+    ],
+)
+def test_whole_numbers_are_not_taken_from_other_kinds(kind, name, value):
+    with pytest.raises(TypeError, match=f"{name}={value!r} must be a whole number, not a "):
+        kind(**{name: value})
+    kind(**{name: np.int64(10)})
 
 
 def test_importing_the_package_leaves_pillow_alone():

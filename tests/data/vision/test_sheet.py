@@ -116,3 +116,21 @@ def test_images_of_any_size_and_kind_make_a_sheet(pictures):
 def test_what_makes_no_sheet_is_refused(images, policies, options, error, message):
     with pytest.raises(error, match=message):
         vision.augmentation_sheet(images, policies, **options)
+
+
+@pytest.mark.parametrize("name", ["columns", "size"])
+@pytest.mark.parametrize("value", [True, 2.0, "2"])
+def test_numbers_of_columns_and_pixels_are_whole(name, value):
+    images = torch.zeros(2, 3, 8, 8, dtype=torch.uint8)
+    with pytest.raises(TypeError, match=f"{name}={value!r} must be a whole number"):
+        vision.augmentation_sheet(images, [vision.RandAugment()], **{name: value})
+    with pytest.raises(ValueError, match=f"{name}=0"):
+        vision.augmentation_sheet(images, [vision.RandAugment()], **{name: 0})
+
+
+def test_keys_of_a_sheet_may_be_a_list():
+    images = torch.zeros(2, 3, 8, 8, dtype=torch.uint8)
+    assert vision.augmentation_sheet(images, [vision.RandAugment()], [3, 4, 5])
+    assert vision.augmentation_sheet(images[:1], [vision.RandAugment()], 3)
+    with pytest.raises(ValueError, match=r"keys has shape \(1,\), expected .* each of 2 images"):
+        vision.augmentation_sheet(images, [vision.RandAugment()], [3])

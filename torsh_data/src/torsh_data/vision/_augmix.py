@@ -7,6 +7,7 @@ import torch
 from torsh_data._rng import Keys, beta, dirichlet, uniform
 from torsh_data.vision._engine import CACHED_VALUES, Drawn, apply_layers, draw_layer
 from torsh_data.vision._policy import Fill, Interpolation, Policy
+from torsh_data.vision._settings import check_finite, check_whole
 from torsh_data.vision._tables import AUGMIX, AUGMIX_PARTIAL, CODES
 
 _BINS = 10
@@ -33,9 +34,10 @@ class AugMix(Policy):
             judge robustness against these.
         interpolation: `"nearest"` or `"bilinear"`, for shear, translation and rotation.
         fill: Value of pixels from outside the image, one number or one per channel, in the images'
-            units (0 to 255 for uint8); 0 by default.
+            units (0 to 255 for uint8, 0 to 1 for floats); 0 by default.
 
     Raises:
+        TypeError: If an argument is no number of its kind.
         ValueError: If an argument is out of range.
 
     Example:
@@ -61,6 +63,8 @@ class AugMix(Policy):
         fill: Fill = None,
     ) -> None:
         super().__init__(interpolation, fill)
+        check_whole(severity=severity, mixture_width=mixture_width, chain_depth=chain_depth)
+        check_finite(alpha=alpha)
         if not 1 <= severity <= _BINS:
             raise ValueError(f"severity={severity} must be in [1, {_BINS}]")
         if not 1 <= mixture_width <= _MAX_WIDTH:

@@ -110,10 +110,11 @@ class AutoAugment(Policy):
         policy: The data set of the search: `"imagenet"`, `"cifar10"` or `"svhn"`.
         interpolation: `"nearest"` or `"bilinear"`, for shear, translation and rotation.
         fill: Value of pixels from outside the image, one number or one per channel, in the images'
-            units (0 to 255 for uint8); 0 by default.
+            units (0 to 255 for uint8, 0 to 1 for floats); 0 by default.
 
     Raises:
-        ValueError: If an argument is unknown.
+        TypeError: If `fill` holds something else than numbers.
+        ValueError: If an argument is unknown or out of range.
 
     Example:
         >>> images = torch.arange(2 * 3 * 8 * 8).view(2, 3, 8, 8).to(torch.uint8)

@@ -166,7 +166,8 @@ def warp_matrices(
         [
             _matrix(OPS[code], power, height, width)
             for code, power in zip(codes.tolist(), magnitudes.tolist(), strict=True)
-        ]
+        ],
+        dtype=torch.float32,  # all numbers of a translation are whole
     )
 
 

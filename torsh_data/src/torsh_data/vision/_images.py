@@ -108,7 +108,7 @@ def each_of(
         elif is_picture(image):
             kind = (image.size, image.mode)
         else:
-            raise TypeError(f"images[{k}] is a {type(image).__name__}; {_KINDS}")
+            raise refuse(image, f"images[{k}]")
         groups.setdefault(kind, []).append(k)
     done: list[One] = list(images)
     for places in groups.values():
@@ -120,6 +120,21 @@ def each_of(
     return done
 
 
-def refuse(images: object) -> TypeError:
-    """What to raise for something that is no image."""
-    return TypeError(f"images is a {type(images).__name__}; {_KINDS}")
+def refuse(images: object, name: str = "images", kinds: str = _KINDS) -> TypeError:
+    """What to raise for something that is no image.
+
+    Args:
+        images: What was given.
+        name: How the caller knows it.
+        kinds: What to use instead.
+    """
+    many = cast("Sequence[object]", images) if isinstance(images, (list, tuple)) else [images]
+    first = many[0] if many else images
+    if isinstance(first, bytes | bytearray | memoryview):
+        place = name if first is images else f"{name}[0]"
+        return TypeError(
+            f"{place} is bytes, such as those of an image file; decode them where samples are "
+            "read, in the data set's transform: ShardedDataset(..., transform=f) with "
+            "torchvision.io.decode_image in f (tar files: decode='torch')"
+        )
+    return TypeError(f"{name} is a {type(images).__name__}; {kinds}")

@@ -9,10 +9,13 @@ import torch
 from torch import nn
 
 from torsh_data._rng import Keys, beta, fold, uniform
-from torsh_data.vision._keys import as_keys
+from torsh_data.vision._images import refuse
+from torsh_data.vision._keys import SomeKeys, as_keys
+from torsh_data.vision._settings import check_finite, check_whole
 
 # Draws of a key: RandAugment uses those from 0 on, these lie far behind.
 _APPLY, _SWITCH, _X, _Y, _PARTNER, _LAMBDA = 1000, 1001, 1002, 1003, 1004, 2000
+_WHOLE = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
 @dataclass(frozen=True)
@@ -74,7 +77,9 @@ class MixupCutmix(nn.Module):
     random ring, so no image is mixed with itself, and any batch of two or more will do.
 
     With `keys` the result depends on the set of keys in the batch, not on the images' order or
-    device.
+    device. In evaluation mode (`mix.eval()`) images and labels are returned as they are, so that a
+    validation loss is neither mixed nor smoothed; `torch.nn.functional.cross_entropy` takes class
+    numbers and targets alike.
 
     Args:
         num_classes: Width of the targets.
@@ -86,6 +91,7 @@ class MixupCutmix(nn.Module):
         mode: `"sample"` draws for each image, `"batch"` once for the whole batch.
 
     Raises:
+        TypeError: If an argument is no number of its kind.
         ValueError: If an argument is out of range.
 
     Example:
@@ -113,6 +119,14 @@ class MixupCutmix(nn.Module):
         mode: Literal["sample", "batch"] = "sample",
     ) -> None:
         super().__init__()
+        check_whole(num_classes=num_classes)
+        check_finite(
+            mixup_alpha=mixup_alpha,
+            cutmix_alpha=cutmix_alpha,
+            prob=prob,
+            switch_prob=switch_prob,
+            label_smoothing=label_smoothing,
+        )
         if num_classes < 1:
             raise ValueError(f"num_classes={num_classes} must be at least 1")
         if mixup_alpha < 0 or cutmix_alpha < 0 or mixup_alpha + cutmix_alpha == 0:
@@ -143,19 +157,29 @@ class MixupCutmix(nn.Module):
         return ", ".join(f"{name}={getattr(self, name)!r}" for name in names)
 
     def forward(
-        self, images: torch.Tensor, labels: torch.Tensor, keys: torch.Tensor | None = None
+        self, images: torch.Tensor, labels: torch.Tensor, keys: SomeKeys = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Mix a batch.
 
         Args:
             images: `(batch, channels, height, width)`, floating point; uint8 if Mixup is off.
             labels: Class numbers `(batch,)`, or targets `(batch, num_classes)`.
-            keys: LongTensor `(batch,)`; keep it on the CPU, where boxes and weights are drawn.
-                Without keys, torch's global CPU generator draws them.
+            keys: Whole numbers `(batch,)` as a tensor, array or list; keep a tensor on the CPU,
+                where boxes and weights are drawn. Without keys, torch's global CPU generator draws
+                them.
 
         Returns:
-            Mixed images, and targets `(batch, num_classes)` float32 whose rows sum to 1.
+            Mixed images, and targets `(batch, num_classes)` float32, whose rows sum to 1 if those
+            of given targets do. In evaluation mode, `images` and `labels`.
+
+        Raises:
+            TypeError: If something is no tensor or of a dtype that cannot be mixed.
+            ValueError: If a shape does not fit, or a class number is not below `num_classes`.
         """
+        if not isinstance(images, torch.Tensor):
+            raise refuse(images, kinds="use a tensor (batch, channels, height, width)")
+        if not self.training:
+            return images, labels
         if images.ndim != 4:
             raise ValueError(f"images has shape {tuple(images.shape)}, expected 4 dimensions")
         if self.mixup_alpha and not images.is_floating_point():
@@ -193,11 +217,16 @@ class MixupCutmix(nn.Module):
             images: Where the targets go: one for each, on their device.
         """
         batch, device = len(images), images.device
+        if not isinstance(labels, torch.Tensor):
+            raise TypeError(
+                f"labels is a {type(labels).__name__}; use a tensor of class numbers (batch,) or "
+                f"targets (batch, {self.num_classes})"
+            )
         if labels.shape[:1] != (batch,):
             raise ValueError(f"labels has shape {tuple(labels.shape)} for {batch} images")
         if labels.ndim == 2 and labels.shape[1] == self.num_classes:
             targets = labels.float()
-        elif labels.ndim == 1 and not labels.is_floating_point():
+        elif labels.ndim == 1 and labels.dtype in _WHOLE:
             # on a GPU the check would wait for the device, which reports a wrong index itself
             on_cpu = batch > 0 and not labels.is_cuda
             if on_cpu and not 0 <= labels.min() <= labels.max() < self.num_classes:

@@ -266,7 +266,6 @@ def warp(images: Tensor, matrix: Tensor, fill: Tensor | None, interpolation: str
             index = _index(matrix, height, width)
         return _nearest(images, index, fill)
     source_x, source_y = _sources(matrix, height, width)
-    source_x, source_y = divided(source_x, width / 2), divided(source_y, height / 2)
     grid = torch.stack(torch.broadcast_tensors(source_x, source_y), dim=-1)
     values = images.float()
     if fill is None:
@@ -279,19 +278,23 @@ def warp(images: Tensor, matrix: Tensor, fill: Tensor | None, interpolation: str
 
 
 def _sources(matrix: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:
-    """Where pixels come from, x and y from the centre, `(n, height or 1, width or 1)`."""
+    """Where pixels come from, x and y from -1 to 1, `(n, height or 1, width or 1)`.
+
+    With a shear of 0.2, one row in five comes from half-way between pixels, where the last bit
+    decides; so these are the roundings of torchvision, one by one.
+    """
     device = matrix.device
     x = torch.arange(width, device=device, dtype=torch.float32) - (width - 1) / 2
     y = torch.arange(height, device=device, dtype=torch.float32)[:, None] - (height - 1) / 2
 
-    def source(line: Tensor) -> Tensor:
-        a, b, c = line[..., None, None].unbind(1)
+    def source(line: Tensor, side: int) -> Tensor:
+        a, b, c = divided(line, side / 2)[..., None, None].unbind(1)
         # what is 0 everywhere need not be spread over all pixels; a GPU cannot look without waiting
         across = a if line.is_cpu and not a.any() else a * x
         down = b if line.is_cpu and not b.any() else b * y
         return (across + down).add_(c)
 
-    return source(matrix[:, 0]), source(matrix[:, 1])
+    return source(matrix[:, 0], width), source(matrix[:, 1], height)
 
 
 _KEPT_PIXELS = 1 << 17  # a megabyte for each index
@@ -300,8 +303,8 @@ _KEPT_PIXELS = 1 << 17  # a megabyte for each index
 def _index(matrix: Tensor, height: int, width: int) -> Tensor:
     """Which pixels of framed images `_nearest` takes, `(n, height * width)`."""
     source_x, source_y = _sources(matrix, height, width)
-    x = source_x.add_((width - 1) / 2).round_().clamp_(-1, width).int().add_(1)
-    y = source_y.add_((height - 1) / 2).round_().clamp_(-1, height).int().add_(1)
+    x = source_x.add_(1).mul_(width / 2).sub_(0.5).round_().clamp_(-1, width).int().add_(1)
+    y = source_y.add_(1).mul_(height / 2).sub_(0.5).round_().clamp_(-1, height).int().add_(1)
     return y.mul_(width + 2).add(x).long().expand(-1, height, width).flatten(1)
 
 

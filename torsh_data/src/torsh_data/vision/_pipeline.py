@@ -9,10 +9,11 @@ from torch import nn
 from torsh_data._rng import Keys, uniform
 from torsh_data.vision._erase import erase_boxes
 from torsh_data.vision._final import FinalPlan, final_pass
-from torsh_data.vision._images import as_batch
-from torsh_data.vision._keys import as_keys
+from torsh_data.vision._images import as_batch, refuse
+from torsh_data.vision._keys import SomeKeys, as_keys
 from torsh_data.vision._mix import Mixture, MixupCutmix, mix_targets
 from torsh_data.vision._policy import Policy
+from torsh_data.vision._settings import as_pair, as_series, check_finite
 
 _FLIP = 1005  # the draw of a key, beside those of mixing and erasing
 _IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -37,7 +38,8 @@ class BatchPipeline(nn.Module):
         mix: Mixup and CutMix; None for nothing.
         mean: Of each channel, as a share of the range (0 to 255 for uint8); ImageNet's by default.
         std: Of each channel, likewise.
-        dtype: Of the result; the arithmetic is that of float32.
+        dtype: Of the result; the arithmetic is that of float32. Give a model in bfloat16 its own
+            type, which halves the bytes that are written.
         memory_format: Of the result.
         erase_scale: Least and greatest share of the image that an erased box covers.
         erase_ratio: Least and greatest height divided by width of such a box.
@@ -47,11 +49,12 @@ class BatchPipeline(nn.Module):
         label: Name of the labels in these.
 
     Raises:
+        TypeError: If an argument is of another kind than those above.
         ValueError: If an argument is out of range.
 
     Example:
         >>> images = torch.randint(0, 256, (4, 3, 8, 8), dtype=torch.uint8)
-        >>> pipeline = BatchPipeline(mix=MixupCutmix(10), dtype=torch.float32)
+        >>> pipeline = BatchPipeline(mix=MixupCutmix(10))
         >>> batch = {"image": images, "label": torch.arange(4), "key": torch.arange(4)}
         >>> done = pipeline(batch)
         >>> done["image"].dtype, tuple(done["label"].shape)
@@ -74,7 +77,7 @@ class BatchPipeline(nn.Module):
         mix: MixupCutmix | None = None,
         mean: Sequence[float] = _IMAGENET_MEAN,
         std: Sequence[float] = _IMAGENET_STD,
-        dtype: torch.dtype = torch.bfloat16,
+        dtype: torch.dtype = torch.float32,
         memory_format: torch.memory_format = torch.channels_last,
         *,
         erase_scale: tuple[float, float] = (0.02, 0.33),
@@ -84,6 +87,11 @@ class BatchPipeline(nn.Module):
         label: str = "label",
     ) -> None:
         super().__init__()
+        _check_kinds(policy, mix, dtype, memory_format, image, label)
+        check_finite(flip=flip, erase=erase)
+        mean, std = as_series("mean", mean), as_series("std", std)
+        erase_scale = as_pair("erase_scale", erase_scale)
+        erase_ratio = as_pair("erase_ratio", erase_ratio)
         for name, value in (("flip", flip), ("erase", erase)):
             if not 0 <= value <= 1:
                 raise ValueError(f"{name}={value} must be in [0, 1]")
@@ -94,17 +102,19 @@ class BatchPipeline(nn.Module):
         if not dtype.is_floating_point:
             raise ValueError(f"dtype={dtype} holds no normalized values; use a floating point type")
         if not 0 <= erase_scale[0] <= erase_scale[1] <= 1:
-            raise ValueError(f"erase_scale={erase_scale} must be two shares, the smaller first")
-        if not 0 < erase_ratio[0] <= erase_ratio[1]:
-            raise ValueError(f"erase_ratio={erase_ratio} must be above 0, the smaller first")
-        if isinstance(erase_value, str) and erase_value != "random":
+            raise ValueError(f"erase_scale={erase_scale} must be in [0, 1]")
+        if not erase_ratio[0] > 0:
+            raise ValueError(f"erase_ratio={erase_ratio} must be above 0")
+        if not isinstance(erase_value, str):
+            check_finite(erase_value=erase_value)
+        elif erase_value != "random":
             raise ValueError(f"erase_value={erase_value!r}; use a number or 'random'")
         self.policy = policy
         self.flip = flip
         self.erase = erase
         self.mix = mix
-        self.mean = tuple(mean)
-        self.std = tuple(std)
+        self.mean = mean
+        self.std = std
         self.dtype = dtype
         self.memory_format = memory_format
         self.erase_scale = erase_scale
@@ -124,7 +134,7 @@ class BatchPipeline(nn.Module):
         self,
         images: torch.Tensor | Mapping[str, Any],
         labels: torch.Tensor | None = None,
-        keys: torch.Tensor | None = None,
+        keys: SomeKeys = None,
     ) -> Any:
         """Prepare a batch.
 
@@ -133,16 +143,26 @@ class BatchPipeline(nn.Module):
                 mapping with the entry `image`, perhaps `label`, and perhaps `key` as `StreamLoader`
                 makes it; then labels and keys are left out.
             labels: Class numbers `(batch,)`, or targets `(batch, num_classes)`; needed by `mix`.
-            keys: LongTensor `(batch,)`; keep it on the CPU, where everything is drawn. Without
-                keys, torch's global CPU generator draws them.
+            keys: Whole numbers `(batch,)` as a tensor, array or list; keep a tensor on the CPU,
+                where everything is drawn. Without keys, torch's global CPU generator draws them.
 
         Returns:
             Images `(batch, channels, height, width)` of `dtype` and `memory_format`; with labels, a
             pair of these and the labels, or the mixed targets `(batch, num_classes)` float32. For a
             mapping, a dict with these in their places and everything else as it was.
+
+        Raises:
+            TypeError: If the images are no tensor, or of a dtype that is none of images.
+            ValueError: If a shape, a range or a number of keys or labels does not fit.
         """
         if isinstance(images, Mapping):
             return self._mapping(images, labels, keys)
+        if not isinstance(images, torch.Tensor):
+            raise refuse(
+                images,
+                kinds="use a tensor (batch, channels, height, width), or a mapping with one; the "
+                "data set's transform brings images to one size",
+            )
         plain = as_batch(images)
         if images.ndim != 4:
             raise ValueError(f"images has shape {tuple(images.shape)}, expected 4 dimensions")
@@ -203,7 +223,7 @@ class BatchPipeline(nn.Module):
         self,
         batch: Mapping[str, Any],
         labels: torch.Tensor | None,
-        keys: torch.Tensor | None,
+        keys: SomeKeys,
     ) -> dict[str, Any]:
         if labels is not None or keys is not None:
             raise ValueError("labels and keys come from the batch when it is a mapping")
@@ -217,3 +237,24 @@ class BatchPipeline(nn.Module):
         if found is None:
             return {**batch, self.image: done}
         return {**batch, self.image: done[0], self.label: done[1]}
+
+
+def _check_kinds(
+    policy: object, mix: object, dtype: object, memory_format: object, image: object, label: object
+) -> None:
+    if policy is not None and not isinstance(policy, Policy):
+        raise TypeError(
+            f"policy is a {type(policy).__name__}; use a Policy such as RandAugment(), or None; "
+            "other transforms of single images belong into the data set's transform"
+        )
+    if mix is not None and not isinstance(mix, MixupCutmix):
+        raise TypeError(f"mix is a {type(mix).__name__}; use MixupCutmix(num_classes), or None")
+    if not isinstance(dtype, torch.dtype):
+        raise TypeError(f"dtype={dtype!r} is no torch.dtype; use one such as torch.float32")
+    if memory_format not in (torch.channels_last, torch.contiguous_format):
+        raise TypeError(
+            f"memory_format={memory_format!r}; use torch.channels_last or torch.contiguous_format"
+        )
+    for name, value in (("image", image), ("label", label)):
+        if not isinstance(value, str):
+            raise TypeError(f"{name}={value!r} must be the name of an entry of the batch, a text")

@@ -1,6 +1,7 @@
 """What all augmentation policies share: what they take, and what decides the draws."""
 
 from collections.abc import Sequence
+from numbers import Real
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
 
 import numpy as np
@@ -9,7 +10,8 @@ from torch import nn
 
 from torsh_data.vision._engine import Drawn, apply_layers
 from torsh_data.vision._images import as_batch, each_of, is_picture, refuse
-from torsh_data.vision._keys import as_keys
+from torsh_data.vision._keys import SomeKeys, as_keys
+from torsh_data.vision._settings import as_series, check_whole
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -30,20 +32,27 @@ class Policy(nn.Module):
     Args:
         interpolation: `"nearest"` or `"bilinear"`, for shear, translation and rotation.
         fill: Value of pixels from outside the image, one number or one per channel, in the images'
-            units (0 to 255 for uint8); 0 by default.
+            units (0 to 255 for uint8, 0 to 1 for floats); 0 by default.
+
+    Raises:
+        TypeError: If `fill` holds something else than numbers.
+        ValueError: If an argument is out of range.
     """
 
     def __init__(self, interpolation: Interpolation = "nearest", fill: Fill = None) -> None:
         super().__init__()
         if interpolation not in ("nearest", "bilinear"):
             raise ValueError(f"interpolation={interpolation!r}; use 'nearest' or 'bilinear'")
+        values = () if fill is None else (fill,) if isinstance(fill, Real) else fill
+        if not all(0 <= value <= 255 for value in as_series("fill", values)):
+            raise ValueError(f"fill={fill!r} must be in [0, 255] for uint8, in [0, 1] for floats")
         self.interpolation = interpolation
         self.fill = fill
 
     def forward(
         self,
         images: Images,
-        keys: torch.Tensor | int | None = None,
+        keys: SomeKeys = None,
         *,
         rng: np.random.Generator | None = None,
     ) -> Images:
@@ -57,18 +66,21 @@ class Policy(nn.Module):
             images: A batch `(batch, channels, height, width)`, one image `(channels, height,
                 width)`, a Pillow image of mode L or RGB, or a list of single images of any sizes.
                 Tensors have 1 or 3 channels, are uint8 or floating point in [0, 1], on CPU or CUDA.
-            keys: LongTensor `(batch,)`, or one number for one image; keep it on the CPU, where
-                policies are drawn. `StreamLoader` puts such keys into its batches.
+            keys: Whole numbers `(batch,)` as a tensor, array or list, or one number for one image;
+                keep a tensor on the CPU, where policies are drawn. `StreamLoader` puts such keys
+                into its batches.
             rng: Instead of keys, for one image in a data set's transform: the generator that
                 `ShardedDataset` gives to the transform stands for its sample's key, so the result
-                is that of the batch with `keys=batch["key"]`. From any other generator the next
-                numbers are the keys. Without keys and rng, torch's global CPU generator draws them.
+                is that of the batch with `keys=batch["key"]` (so does a NumPy `Philox` with a key
+                of your own below 2**64). From any other generator the next numbers are the keys.
+                Without keys and rng, torch's global CPU generator draws them.
 
         Returns:
             New images of the same kind, shape, dtype and device.
 
         Raises:
-            TypeError: If something is no image, or its dtype is neither uint8 nor floating point.
+            TypeError: If something is no image, its dtype is neither uint8 nor floating point, or
+                keys are no whole numbers.
             ValueError: If a mode, a shape or a range is another than those above, or there are not
                 as many keys as images.
         """
@@ -120,10 +132,13 @@ class Policy(nn.Module):
         fill = torch.tensor(self.fill, dtype=torch.float32).reshape(-1)
         if len(fill) not in (1, channels):
             raise ValueError(f"fill={self.fill} has {len(fill)} values for {channels} channels")
+        if images.is_floating_point() and fill.max() > 1:
+            raise ValueError(f"fill={self.fill} must be in [0, 1] for images of {images.dtype}")
         return fill.expand(channels).to(images.device, non_blocking=True)
 
 
 def check_bins(num_magnitude_bins: int) -> None:
     """Refuse a table that has no weakest and strongest."""
+    check_whole(num_magnitude_bins=num_magnitude_bins)
     if num_magnitude_bins < 2:
         raise ValueError(f"num_magnitude_bins={num_magnitude_bins} must be at least 2")

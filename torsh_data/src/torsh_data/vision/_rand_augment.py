@@ -4,6 +4,7 @@ import torch
 
 from torsh_data.vision._engine import Drawn, draw_layer
 from torsh_data.vision._policy import Fill, Interpolation, Policy, check_bins
+from torsh_data.vision._settings import check_whole
 from torsh_data.vision._tables import RAND_AUGMENT
 
 
@@ -23,9 +24,10 @@ class RandAugment(Policy):
         num_magnitude_bins: How many strengths there are, at least 2.
         interpolation: `"nearest"` or `"bilinear"`, for shear, translation and rotation.
         fill: Value of pixels from outside the image, one number or one per channel, in the images'
-            units (0 to 255 for uint8); 0 by default.
+            units (0 to 255 for uint8, 0 to 1 for floats); 0 by default.
 
     Raises:
+        TypeError: If an argument is no number of its kind.
         ValueError: If an argument is out of range.
 
     Example:
@@ -51,6 +53,7 @@ class RandAugment(Policy):
         fill: Fill = None,
     ) -> None:
         super().__init__(interpolation, fill)
+        check_whole(num_ops=num_ops, magnitude=magnitude)
         if not 0 <= num_ops <= 500:  # draws from 1000 on belong to others
             raise ValueError(f"num_ops={num_ops} must be at least 0, and at most 500")
         check_bins(num_magnitude_bins)

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 
 from torsh_data.vision._images import as_batch, from_picture, is_picture
-from torsh_data.vision._keys import as_keys
+from torsh_data.vision._keys import SomeKeys, as_keys
 from torsh_data.vision._policy import Policy
+from torsh_data.vision._settings import check_whole
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -35,6 +36,7 @@ def plot_sheet(
 
     Raises:
         ImportError: If matplotlib is missing.
+        TypeError: If `columns` is no whole number.
         ValueError: If there is nothing to draw or sizes differ.
 
     Example:
@@ -46,6 +48,7 @@ def plot_sheet(
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ImportError("plot_sheet needs matplotlib: pip install 'torsh-data[plot]'") from error
+    check_whole(columns=columns)
     if not rows or columns < 1 or not all(len(images) for images in rows.values()):
         raise ValueError(f"rows={list(rows)}, columns={columns}: there is no image to draw")
     sizes = {tuple(images.shape[-2:]) for images in rows.values()}
@@ -77,7 +80,7 @@ def plot_sheet(
 def augmentation_sheet(
     images: torch.Tensor | Sequence[Any],
     policies: Mapping[str, Policy] | Sequence[Policy],
-    keys: torch.Tensor | None = None,
+    keys: SomeKeys = None,
     *,
     titles: Sequence[str] | None = None,
     columns: int = 8,
@@ -91,8 +94,8 @@ def augmentation_sheet(
             tensors `(channels, height, width)`, Pillow images, or bytes of JPEG or PNG files, each
             of any size. The first `columns` are read.
         policies: The policies by the names of their rows; without names, those of their classes.
-        keys: LongTensor `(n,)`, one for each image that is drawn or for more; 0, 1, 2 ... by
-            default, so that a sheet can be drawn again.
+        keys: Whole numbers `(n,)` as a tensor, array or list, one for each image that is drawn or
+            for more; 0, 1, 2 ... by default, so that a sheet can be drawn again.
         titles: Text below each column, for instance its labels.
         columns: How many of the images to draw, at least 1.
         size: Images are scaled until their longer side has this many pixels, and then augmented; by
@@ -104,7 +107,8 @@ def augmentation_sheet(
 
     Raises:
         ImportError: If matplotlib is missing, or Pillow is and there are files to decode.
-        ValueError: If there is no image.
+        TypeError: If `columns` or `size` is no whole number, or something is no image.
+        ValueError: If there is no image, `size` is below 1, or there are fewer keys than images.
 
     Example:
         >>> from torsh_data.vision import AutoAugment, RandAugment
@@ -119,12 +123,16 @@ def augmentation_sheet(
         named = {type(policy).__name__: policy for policy in policies}
         if len(named) < len(policies):
             raise ValueError("policies has two of one class; give them names, in a mapping")
+    check_whole(columns=columns, **({} if size is None else {"size": size}))
+    if size is not None and size < 1:
+        raise ValueError(f"size={size} must be at least 1")
     count = min(columns, len(images))
     if count < 1:
         raise ValueError(f"columns={columns} of {len(images)} images: there is no image to draw")
     side = 128 if size is None else size
     shown = [_scaled(_decoded(images[k]), side, enlarge=size is not None) for k in range(count)]
-    numbers = torch.arange(count) if keys is None else as_keys(keys[:count], None, count)
+    drawn = range(count) if keys is None else [keys] if isinstance(keys, int) else keys[:count]
+    numbers = as_keys(drawn, None, count)
     stages: dict[str, Callable[[list[torch.Tensor], torch.Tensor], list[torch.Tensor]]] = {
         "as stored": lambda some, _: some,
         **named,

@@ -19,10 +19,11 @@ class TrivialAugmentWide(Policy):
         num_magnitude_bins: How many strengths there are, at least 2.
         interpolation: `"nearest"` or `"bilinear"`, for shear, translation and rotation.
         fill: Value of pixels from outside the image, one number or one per channel, in the images'
-            units (0 to 255 for uint8); 0 by default. Translation is by up to 32 pixels, so an image
-            of that size can leave its frame.
+            units (0 to 255 for uint8, 0 to 1 for floats); 0 by default. Translation is by up to 32
+            pixels, so an image of that size can leave its frame.
 
     Raises:
+        TypeError: If an argument is no number of its kind.
         ValueError: If an argument is out of range.
 
     Example:
