@@ -3,6 +3,7 @@
 This process imports torch once, and each job that is to die is a fork of it.
 """
 
+import contextlib
 import gc
 import itertools
 import json
@@ -248,15 +249,17 @@ def workers_random(folder: Path) -> dict[str, int]:
         target = folder / "target"
         victim = "main" if turn % 2 else "worker"
         pid = child(lambda target=target: write_shards(samples, target, **options))
-        time.sleep(chance.uniform(0.2, 0.9) * took)
-        prey = pid
-        if victim == "worker":
+        below: list[int] = []
+        deadline = time.monotonic() + 10
+        while not below and time.monotonic() < deadline:
+            time.sleep(0.002)
             below = children(pid)
-            prey = chance.choice(below) if below else pid
-        os.kill(prey, signal.SIGKILL)
+        time.sleep(chance.uniform(0, 0.7) * took)
+        prey = chance.choice(below) if victim == "worker" and below else pid
+        with contextlib.suppress(ProcessLookupError):  # a worker that is done
+            os.kill(prey, signal.SIGKILL)
         _, status = os.waitpid(pid, 0)
         killed["main" if prey == pid else "worker"] += status != 0
-        took *= 1 if status else 0.9  # the run to measure was slower than this one
         for name, content in contents(target).items():
             assert name.startswith(".") or content == expected[name], name
         if not (target / INDEX_NAME).exists():

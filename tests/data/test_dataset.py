@@ -1,5 +1,6 @@
 import multiprocessing
 import pickle
+import re
 import shutil
 
 import numpy as np
@@ -102,6 +103,31 @@ def test_transforms_take_the_sample_and_perhaps_a_generator(original):
     assert optional[3] == 6
     builtin = ShardedDataset(original, transform=dict)
     assert builtin[3]["label"] == 3
+
+
+@pytest.mark.parametrize(
+    ("transform", "match"),
+    [
+        (lambda image, label, rng: image, r"has the parameters \(image, label, rng\), but is call"),
+        (lambda: 0, r"has the parameters \(\), but is called with \(sample\) or"),
+        (lambda sample, *, size: sample, r"\(sample, \*, size\), .* with functools.partial"),
+        ("decode", "transform is a str; give a function or None"),
+    ],
+)
+def test_transforms_that_cannot_be_called_are_refused_at_once(original, transform, match):
+    with pytest.raises(TypeError, match=match):
+        ShardedDataset(original, transform=transform)
+
+
+def test_its_repr_says_where_and_what(original, tmp_path):
+    rows = len(ShardedDataset(original))
+    shown = repr(ShardedDataset(original, columns=["label"]))
+    assert re.fullmatch(
+        rf"ShardedDataset\({original}: \d+ files; {rows:,} samples of label\)", shown
+    )
+    write_shards([{"a": 1, "b": 2}], tmp_path)
+    shown = repr(ShardedDataset(tmp_path))
+    assert shown == f"ShardedDataset({tmp_path}/shard-00000.arrow; 1 samples of a, b)"
 
 
 def label_and_draw(sample, rng):

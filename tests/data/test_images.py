@@ -1,5 +1,6 @@
 import io
 import json
+import os
 import subprocess
 import sys
 
@@ -8,7 +9,9 @@ import pytest
 from PIL import Image
 
 from torsh_data import ShardedDataset, convert
+from torsh_data.__main__ import convert as convert_by_command
 from torsh_data._image_file import find_fault, image_size, looks_whole
+from torsh_data._images import ImageTree
 
 
 def encoded(kind="JPEG", size=(9, 7), **options):
@@ -95,7 +98,8 @@ def test_folders_of_splits_are_refused_unless_they_are_named_as_classes(tmp_path
         make_tree(root / split, "cat", "dog")
     text = (
         r"its folders \['test', 'train'\] hold no pictures but folders of them: \['cat', 'dog'\]; "
-        r"convert each by itself"
+        r"convert each by itself, the others with classes= from the first, .*"
+        r"name them: convert\(\.\.\., classes=\['test', 'train'\]\)"
     )
     with pytest.raises(ValueError, match=text):
         convert(root, tmp_path / "out")
@@ -103,6 +107,32 @@ def test_folders_of_splits_are_refused_unless_they_are_named_as_classes(tmp_path
     data = ShardedDataset(tmp_path / "out")
     assert [s["label"] for s in data] == [1, 1, 0, 0]
     assert data.metadata == {"classes": ["train", "test"]}
+
+
+def test_the_command_says_how_to_convert_splits(tmp_path):
+    for split in ("train", "test"):
+        make_tree(tmp_path / "cifar" / split, "cat", "dog")
+    with pytest.raises(
+        SystemExit, match=r"with --classes-from the first's shards, so .* in Python"
+    ):
+        convert_by_command((str(tmp_path / "cifar"), str(tmp_path / "out")))
+
+
+@pytest.mark.parametrize("change", ["size", "time", "name"])
+def test_a_changed_picture_changes_the_fingerprint(tmp_path, change):
+    tree = make_tree(tmp_path / "tree", "cat")
+    before = ImageTree(tree).fingerprint
+    assert ImageTree(tree).fingerprint == before
+    path = tree / "cat" / "0.jpg"
+    if change == "size":
+        status = path.stat()
+        path.write_bytes(path.read_bytes() + b"\0")
+        os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+    elif change == "time":
+        os.utime(path, ns=(0, path.stat().st_mtime_ns + 1))
+    else:
+        path.rename(path.with_name("1.jpg"))
+    assert ImageTree(tree).fingerprint != before
 
 
 def test_splits_with_other_folders_get_the_labels_of_one_list(tmp_path):

@@ -81,6 +81,14 @@ def test_without_shuffle_samples_come_in_storage_order(data):
     assert stream.state_dict()["window"] == 0
 
 
+def test_its_repr_says_where_it_stands(data):
+    each = loader(data, num_workers=2)
+    each.skip(3)
+    shown = "203 samples in batches of 8, 2 process workers; next is epoch 0, position 24"
+    assert repr(each) == f"StreamLoader({shown})"
+    assert "of 8, no workers; next" in repr(loader(data))
+
+
 def test_epochs_differ_and_come_back(data):
     stream = loader(data)
     first, second = ids(stream), ids(stream)

@@ -1,5 +1,7 @@
 import functools
 import json
+import re
+import warnings
 
 import numpy as np
 import pytest
@@ -19,6 +21,9 @@ def fails_on_sevens(sample):
     return sample
 
 
+pytestmark = pytest.mark.filterwarnings("ignore:sample .* is replaced by another one:UserWarning")
+
+
 @pytest.fixture
 def folder(tmp_path):
     write_shards(({"n": n} for n in range(64)), tmp_path / "x", block_bytes="64B")
@@ -33,6 +38,22 @@ def test_what_workers_replace_is_known_here(folder, workers):
     assert all((batch["n"] % 7 != 0).all() for batch in batches)
     assert sorted(data.errors) == list(range(0, 64, 7))
     assert "21 is a multiple of seven" in data.errors[21]
+
+
+@pytest.mark.parametrize("workers", [{}, {"num_workers": 2}])
+def test_this_process_warns_once_of_what_is_replaced(folder, workers, capfd, recwarn):
+    warnings.simplefilter("always")
+    loader = StreamLoader(tolerant(folder), 8, **workers, **ODD)
+    for _ in range(2):
+        list(loader)
+    (warned,) = [one for one in recwarn if "is replaced" in str(one.message)]
+    number = re.match(r"sample (\d+), in block .*, is replaced .*seven", str(warned.message))[1]
+    assert int(number) % 7 == 0
+    assert capfd.readouterr().err == ""  # nor do workers say so
+    state = loader.state_dict()
+    StreamLoader(tolerant(folder), 8, **ODD).load_state_dict(state)
+    said = [one for one in recwarn if "is replaced" in str(one.message)]
+    assert len(said) == 1  # it was said before
 
 
 def test_more_than_max_errors_in_all_workers_together_is_an_error(folder):

@@ -147,8 +147,11 @@ def test_an_epoch_of_several_periods_is_exact():
     ("parts", "options", "message"),
     [
         ({}, {}, "parts is empty"),
-        ({"a": [1]}, {}, r"parts\['a'\] is \[1\]; give a pair"),
-        ({"a": (iter([1]), 1)}, {}, "holds a list_iterator without a length"),
+        ({"a": [1]}, {}, r"parts\['a'\] is a list; give a pair"),
+        ([[1], [2]], {}, r"parts is a list; give .*: Mixture\({'code': \(code, 0.7\), "),
+        ({"a": ("x", 1)}, {}, r"parts\['a'\]='x' is a path; give Mixture a ShardedDataset\('x'\)"),
+        ({"a": ([1], "1")}, {}, r"parts\['a'\] has weight='1'; give a number above 0"),
+        ({"a": (iter([1]), 1)}, {}, "is a list_iterator without a length"),
         ({"a": ([], 1)}, {}, "holds an empty data set"),
         ({"a": ([1], 0)}, {}, r"parts\['a'\] has weight=0; it must be above 0"),
         ({"a": ([1], float("nan"))}, {}, "weight=nan"),
@@ -159,6 +162,11 @@ def test_an_epoch_of_several_periods_is_exact():
 def test_refuses(parts, options, message):
     with pytest.raises((ValueError, TypeError), match=message):
         Mixture(parts, **options)
+
+
+def test_its_repr_has_the_shares():
+    mixture = Mixture({"a": ([1], 3), "b": ([2], 1)}, epoch_size=5000)
+    assert repr(mixture) == "Mixture(0.75 a, 0.25 b; 5,000 samples an epoch)"
 
 
 def test_state_of_another_mixture_is_refused(mixture):

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 import threading
+import time
 from collections import OrderedDict, deque, namedtuple
 from dataclasses import dataclass, field
 
@@ -460,7 +461,8 @@ def test_set_epoch_reaches_a_distributed_sampler():
 @pytest.mark.parametrize(
     ("options", "error", "match"),
     [
-        ({"loader": 3}, TypeError, "loader is a int, which cannot be iterated"),
+        ({"loader": 3}, TypeError, "loader is a int, no iterable of batches; give a StreamLoader"),
+        ({"loader": "shards"}, TypeError, "loader is a str, no iterable of batches"),
         ({"depth": 0}, ValueError, "depth=0 must be a whole number, at least 1"),
         ({"depth": 1.5}, ValueError, "depth=1.5"),
         ({"device": "meta"}, ValueError, "device='meta'; use 'cpu' or a CUDA device"),
@@ -470,6 +472,18 @@ def test_arguments_are_checked(options, error, match):
     arguments = {"loader": [1], "device": "cpu", **options}
     with pytest.raises(error, match=match):
         DevicePrefetcher(arguments.pop("loader"), arguments.pop("device"), **arguments)
+
+
+def test_it_passes_on_the_stats_of_its_loader():
+    loader = StreamLoader([{"x": n} for n in range(64)], 8)
+    batches = DevicePrefetcher(loader, "cpu", depth=3)
+    for _ in batches:
+        time.sleep(0.01)
+    assert batches.stats().batches == 8
+    assert batches.stats().bottleneck == "step"
+    assert repr(batches) == "DevicePrefetcher(StreamLoader, 'cpu', depth=3)"
+    with pytest.raises(TypeError, match="a list has no stats"):
+        DevicePrefetcher([1], "cpu").stats()
 
 
 class Recorder(lightning.LightningModule):

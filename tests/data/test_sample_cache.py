@@ -30,6 +30,7 @@ def test_samples_come_back_as_they_were_and_are_read_once(make_cache, where):
     assert equal(cache[-1], Counted()[19])
     assert len(cache) == 20
     assert "20 of 20 samples in" in str(cache.stats())
+    assert repr(cache).startswith(f"SampleCache({where!r}: 20 of 20 samples in ")
     with pytest.raises(IndexError, match="sample 20 of a data set of 20"):
         cache[20]
 
@@ -423,6 +424,7 @@ def test_ranks_with_a_copy_each_are_told(make_cache, monkeypatch):
         ({"where": "disk"}, ValueError, "folder=None and where='disk'"),
         ({"bytes": "lots"}, ValueError, "bytes='lots' is not a size"),
         ({"dataset": iter([1])}, TypeError, "without a length and an index"),
+        ({"dataset": "x"}, TypeError, "dataset='x' is a path; give SampleCache a ShardedDataset"),
         ({"dataset": []}, ValueError, "dataset is empty"),
         ({"dataset": [{1, 2}]}, ValueError, "sample 0: sample is a builtins.set"),
     ],

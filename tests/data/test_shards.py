@@ -2,8 +2,10 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +14,8 @@ import torch
 
 from torsh_data import ShardedDataset, StreamLoader, write_shards
 from torsh_data._mapping import map_file
+
+pytestmark = pytest.mark.filterwarnings("ignore:sample .* is replaced by another one:UserWarning")
 
 
 @pytest.fixture
@@ -48,6 +52,19 @@ def test_a_damaged_block_is_replaced_by_the_same_rows_for_everyone(folder):
         assert torch.cat([b["n"] for b in batches]).tolist() == [found[n] for n in ids]
     loader = StreamLoader(make(), 50, shuffle=False)
     assert torch.cat([b["n"] for b in loader]).tolist() == found
+
+
+def test_the_first_replaced_sample_is_a_warning(folder, recwarn):
+    warnings.simplefilter("always")
+    data = ShardedDataset(folder, on_error="substitute", max_errors=100)
+    list(data)
+    (warned,) = recwarn
+    number = next(iter(data.errors))
+    assert len(data.errors) > 5
+    assert str(warned.message).startswith(f"sample {number}, in block ")
+    assert "shard-00001.arrow, is replaced by another one: RuntimeError: " in str(warned.message)
+    block = re.search("in block ([0-9]+) of", str(warned.message))[1]
+    assert f"shard-00001.arrow: block {block} of " in data.errors[number]
 
 
 def test_a_transform_that_fails_is_a_bad_sample(folder):

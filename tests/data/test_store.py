@@ -47,6 +47,12 @@ class Handler(SimpleHTTPRequestHandler):
         if not (self.server.silent and keyword == "Last-Modified"):
             super().send_header(keyword, value)
 
+    def do_HEAD(self):
+        if self.server.heads:
+            self.send_error(self.server.heads)
+        else:
+            super().do_HEAD()
+
     def do_GET(self):
         server = self.server
         with server.mutex:
@@ -87,7 +93,7 @@ def server(tmp_path):
     httpd = ThreadingHTTPServer(("127.0.0.1", 0), lambda *a: Handler(*a, directory=str(folder)))
     httpd.folder, httpd.url = folder, f"http://127.0.0.1:{httpd.server_port}"
     httpd.requests, httpd.asked, httpd.mutex = Counter(), Counter(), threading.Lock()
-    httpd.silent = False
+    httpd.silent, httpd.heads = False, None
     httpd.ranges, httpd.delay, httpd.fail = True, 0.0, lambda _path, _number: None
     threading.Thread(target=httpd.serve_forever, daemon=True).start()
     yield httpd
@@ -191,6 +197,73 @@ def test_what_fails_for_good_names_the_url_and_the_attempts(server, shards, tmp_
         read_all(data)
     server.fail = lambda *_: None
     read_all(data)  # nothing that failed is remembered
+
+
+@pytest.fixture
+def few(server, shards):
+    """The same rows in four formats."""
+    table = pa.table({"n": list(range(40))})
+    pq.write_table(table, server.folder / "few.parquet", row_group_size=10)
+    lines = (f'{{"n": {n}}}\n' for n in range(40))
+    (server.folder / "few.jsonl").write_text("".join(lines))
+    with tarfile.open(server.folder / "few.tar", "w") as tar:
+        for n in range(40):
+            member = tarfile.TarInfo(f"{n:05}.cls")
+            member.size = len(str(n))
+            tar.addfile(member, io.BytesIO(str(n).encode()))
+    return [shards, *(f"{server.url}/few.{kind}" for kind in ("parquet", "jsonl", "tar"))]
+
+
+def test_what_the_cache_holds_is_read_without_the_server(server, few, tmp_path):
+    cache = tmp_path / "cache"
+    seen = [list(ShardedDataset(url, cache_dir=cache)) for url in few]
+    opened = ShardedDataset(few[0], cache_dir=cache)
+    ShardedDataset(few[0], cache_dir=tmp_path / "unread")
+    server.shutdown()
+    server.server_close()
+    assert list(opened) == seen[0]
+    for url, expected in zip(few, seen, strict=True):
+        known = r"attempts; .* as it was opened last, as far as the cache in .*cache holds it"
+        with pytest.warns(UserWarning, match=known):
+            assert list(ShardedDataset(url, cache_dir=cache)) == expected
+        unknown = r"could not be read in 5 .*; the cache in .*other does not know this data set"
+        with pytest.raises(OSError, match=unknown):
+            ShardedDataset(url, cache_dir=tmp_path / "other")
+    with pytest.warns(UserWarning, match="as it was opened last"):
+        unread = ShardedDataset(few[0], cache_dir=tmp_path / "unread")
+    with pytest.raises(OSError, match=r"set/shard-0000.\.arrow could not be read in 5 att"):
+        unread[ROWS // 2]
+
+
+def test_an_answer_of_the_server_replaces_the_last(server, tmp_path):
+    url, cache = server.url + "/folder", tmp_path / "cache"
+    for rows in (20, 30):
+        shutil.rmtree(server.folder / "folder", ignore_errors=True)
+        write_shards(map(sample, range(rows)), server.folder / "folder")
+        assert len(list(ShardedDataset(url, cache_dir=cache))) == rows
+    server.fail = lambda *_: 503
+    with pytest.warns(UserWarning, match="as it was opened last"):
+        assert len(list(ShardedDataset(url, cache_dir=cache))) == 30
+    server.fail = lambda *_: 403
+    with pytest.raises(OSError, match="the server says 403"):
+        ShardedDataset(url, cache_dir=cache)
+    shutil.rmtree(server.folder / "folder")
+    server.fail = lambda *_: None
+    with pytest.raises(FileNotFoundError):
+        ShardedDataset(url, cache_dir=cache)
+
+
+@pytest.mark.parametrize(("status", "error"), [(403, "server says 403"), (503, "in 5 attempts")])
+def test_a_file_whose_server_refuses_is_not_said_to_be_missing(server, tmp_path, status, error):
+    (server.folder / "a.jsonl").write_text('{"n": 1}\n')
+    server.fail = lambda *_: status
+    server.heads = status
+    with pytest.raises(OSError, match=error):
+        ShardedDataset(server.url + "/a.jsonl", cache_dir=tmp_path / "cache")
+    server.fail = lambda *_: 404
+    server.heads = 404
+    with pytest.raises(FileNotFoundError, match=r"a.jsonl is missing; check the URL"):
+        ShardedDataset(server.url + "/a.jsonl", cache_dir=tmp_path / "cache")
 
 
 def test_damage_on_the_way_is_fetched_again_and_damage_at_the_source_named(

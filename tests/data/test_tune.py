@@ -219,6 +219,18 @@ def test_arguments_are_checked(options, match):
         tune_workers([1] * 8, **{"batch_size": 2, **options})
 
 
+@pytest.mark.parametrize(
+    ("dataset", "match"),
+    [
+        ("shards", "dataset='shards' is a path; give tune_workers a ShardedDataset"),
+        (iter([1]), "dataset is a list_iterator without a length and an index; tune_workers needs"),
+    ],
+)
+def test_what_is_no_data_set_is_refused(dataset, match):
+    with pytest.raises(TypeError, match=match):
+        tune_workers(dataset, 2)
+
+
 def write(folder, **files):
     folder.mkdir(parents=True, exist_ok=True)
     for name, text in files.items():

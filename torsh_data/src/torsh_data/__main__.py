@@ -28,6 +28,8 @@ _OPTIONS = {
     "convert(source, out)": "torsh-data convert SOURCE OUT",
     "num_workers=": "--num-workers ",
     "shuffle_seed=": "--shuffle-seed ",
+    "with classes= from the first": "with --classes-from the first's shards",
+    "name them: convert(": "name them in Python: torsh_data.convert(",
 }
 """What errors advise in Python, and here."""
 
@@ -124,7 +126,8 @@ def inspect(path: str, *, batch_size: int = 256, window: str = "2GB", json: bool
         _print_table(path, {**facts, **columns})
         print(
             "A batch is worth the number of samples drawn from the whole data set that would be as "
-            "mixed, if neighbours are alike; enlarge --window if it is much smaller than the batch."
+            "mixed, if stored in sorted order; enlarge --window if it is much smaller than the "
+            "batch."
         )
 
 

@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 import xxhash
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, get_worker_info
 
 from torsh_data._ahead import Ahead
 from torsh_data._collate import make_column
@@ -74,7 +74,8 @@ class ShardedDataset(Dataset[Any]):
             at every call, `"never"` not at all. Files from elsewhere have no checksums to check.
         on_error: `"raise"`, or `"substitute"` to replace a sample that is damaged, or whose
             transform fails, by another one: always the same one, whoever reads it, so that batches
-            keep their shape and ranks stay in step. It is in `errors` then.
+            keep their shape and ranks stay in step. It is in `errors` then, and the first one is
+            a warning.
         max_errors: How many bad samples each rank replaces before the next one is an error. The
             state of a `StreamLoader` carries them over a restart.
         storage_options: What fsspec's file system needs besides the URL, such as credentials.
@@ -97,6 +98,7 @@ class ShardedDataset(Dataset[Any]):
     Raises:
         FileNotFoundError: If there are no files, or one that the index lists is missing.
         RuntimeError: If a file or an index is damaged, cut short or unfinished.
+        TypeError: If the transform takes neither `(sample)` nor `(sample, rng)`.
         ValueError: If a column is unknown or files differ in their columns.
         OSError: If a remote file cannot be read, after five attempts.
 
@@ -141,6 +143,7 @@ class ShardedDataset(Dataset[Any]):
         self.on_error: OnError = on_error
         self.max_errors = max_errors
         self.errors: dict[int, str] = {}
+        self._has_warned = False
         self._wants_rng = transform is not None and _takes_two(transform)
         folder = _default_cache() if cache_dir is None else Path(cache_dir)
         reading = Reading(
@@ -201,6 +204,12 @@ class ShardedDataset(Dataset[Any]):
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._forget()
+
+    def __repr__(self) -> str:
+        first, *others = self.files
+        where = first if not others else f"{first.rpartition('/')[0]}: {len(others) + 1} files"
+        columns = ", ".join(self.columns)
+        return f"ShardedDataset({where}; {len(self):,} samples of {columns})"
 
     def __len__(self) -> int:
         return int(self._starts[-1])
@@ -293,6 +302,15 @@ class ShardedDataset(Dataset[Any]):
                 f"{len(self.errors)} bad samples, more than max_errors={self.max_errors}; the last "
                 f"is sample {number}: {text}"
             ) from cause
+        if errors and not self._has_warned and get_worker_info() is None:  # its parent warns
+            self._has_warned = True
+            number, text = next(iter(errors.items()))
+            shard, block = self._locate(int(np.searchsorted(self._starts, number, "right")) - 1)
+            warnings.warn(
+                f"sample {number}, in block {block} of {shard.path}, is replaced by another one: "
+                f"{text}. No more is said of others; data.errors holds all",
+                stacklevel=2,
+            )
 
     def read_batch(self, ids: Sequence[int] | Ids) -> dict[str, Any]:
         """Several samples column by column, without the transform.
@@ -521,10 +539,19 @@ def _coprime(number: int, rows: int) -> int:
 
 
 def _takes_two(transform: Transform) -> bool:
+    if not callable(transform):
+        raise TypeError(f"transform is a {type(transform).__name__}; give a function or None")
     try:
-        parameters = inspect.signature(transform).parameters.values()
+        signature = inspect.signature(transform)
     except (TypeError, ValueError):  # some builtins have no signature
         return False
-    positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    needed = [p for p in parameters if p.kind in positional and p.default is p.empty]
-    return len(needed) == 2
+    for arguments in (1, 2):
+        try:
+            signature.bind(*range(arguments))
+        except TypeError:
+            continue
+        return arguments == 2
+    raise TypeError(
+        f"transform has the parameters {signature}, but is called with (sample) or, if it needs "
+        "two, (sample, rng); bind others with functools.partial or give them defaults"
+    )

@@ -40,6 +40,7 @@ _PERMANENT = (
     MemoryError,
 )
 _PASSING_STATUS = {408, 425, 429}
+_MISSING_STATUS = {404, 410}
 _NO_CREDENTIALS = {  # by name: of packages that need not be there
     "NoCredentialsError",
     "PartialCredentialsError",
@@ -52,6 +53,10 @@ _NO_CREDENTIALS = {  # by name: of packages that need not be there
 
 class FetchError(OSError):
     """A remote file that could not be read, after all attempts."""
+
+
+class UnreachableError(FetchError):
+    """A remote file whose server does not answer, or not as it should."""
 
 
 class AccessError(FetchError, PermissionError):
@@ -165,7 +170,7 @@ class Remote:
         """Do something that may fail for a while: twice as long a pause after each attempt."""
         for attempt in range(1, ATTEMPTS + 1):
             try:
-                return action()
+                return _uncovered(action)
             except _PERMANENT as error:
                 if isinstance(error, FileNotFoundError):
                     raise FileNotFoundError(f"{name} is missing; {if_missing}") from error
@@ -192,7 +197,7 @@ class Remote:
                 if refused and status not in _PASSING_STATUS:
                     raise FetchError(f"{name}: the server says {status}: {error}") from error
                 if attempt == ATTEMPTS:
-                    raise FetchError(
+                    raise UnreachableError(
                         f"{name} could not be read in {ATTEMPTS} attempts; the last one ended "
                         f"with {type(error).__name__}: {error}"
                     ) from error
@@ -202,6 +207,20 @@ class Remote:
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_made": None}
+
+
+def _uncovered(action: Callable[[], _T]) -> _T:
+    """Do something, and fail as it really did."""
+    try:
+        return action()
+    except FileNotFoundError as error:
+        cause = error.__cause__  # of an http:// file, whatever kept its size from being known
+        is_http = type(cause).__module__.partition(".")[0] == "aiohttp"
+        if isinstance(cause, TimeoutError) or (
+            is_http and getattr(cause, "status", None) not in _MISSING_STATUS
+        ):
+            raise cast("Exception", cause) from None
+        raise
 
 
 def _explain_import(url: str, error: ImportError) -> ImportError:

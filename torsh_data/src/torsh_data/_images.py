@@ -30,13 +30,14 @@ class ImageTree(Sequence[dict[str, Any]]):
         self.classes = folders if classes is None else list(classes)
         self._refuse_other_folders(folders, is_given=classes is not None)
         self._files: list[tuple[str, int]] = []
-        self._sizes: list[int] = []
+        self._versions: list[tuple[int, int]] = []  # size and time of change
         for name in folders:
             before = len(self._files)
             label = self.classes.index(name)
             for path in _pictures(root / name):
                 self._files.append((os.path.relpath(path, root), label))
-                self._sizes.append(path.stat().st_size)
+                status = path.stat()
+                self._versions.append((status.st_size, status.st_mtime_ns))
             if len(self._files) == before:
                 raise ValueError(
                     f"source={str(root)!r}: the folder {name!r} has no pictures; each folder in it "
@@ -59,8 +60,9 @@ class ImageTree(Sequence[dict[str, Any]]):
         inner = sorted({name for folder in folders for name in _folders(self.root / folder)})
         raise ValueError(
             f"source={str(self.root)!r}: its folders {_some(folders)} hold no pictures but "
-            f"folders of them: {_some(inner)}; convert each by itself, or if they are the "
-            f"classes, name them: convert(..., classes={_some(folders)})"
+            f"folders of them: {_some(inner)}; convert each by itself, the others with "
+            "classes= from the first, so that their labels agree; or if they are the classes, name "
+            f"them: convert(..., classes={_some(folders)})"
         )
 
     def leave_out_broken(self, *, skip: bool) -> None:
@@ -91,14 +93,14 @@ class ImageTree(Sequence[dict[str, Any]]):
         warnings.warn(f"{text}; they are left out", stacklevel=4)
         good = [number for number, fault in enumerate(found) if fault is None]
         self._files = [self._files[number] for number in good]
-        self._sizes = [self._sizes[number] for number in good]
+        self._versions = [self._versions[number] for number in good]
 
     @property
     def fingerprint(self) -> str:
-        """Changes if a file's name, size or label does."""
+        """Changes if a file's name, size, time of change or label does."""
         digest = xxhash.xxh3_128()
-        for (path, label), size in zip(self._files, self._sizes, strict=True):
-            digest.update(f"{path}:{size}:{label}\n".encode())
+        for (path, label), (size, changed) in zip(self._files, self._versions, strict=True):
+            digest.update(f"{path}:{size}:{changed}:{label}\n".encode())
         return digest.hexdigest()
 
     def __len__(self) -> int:

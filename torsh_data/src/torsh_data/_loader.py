@@ -167,6 +167,13 @@ class StreamLoader:
         self._watch = Stopwatch(workers, num_workers)
         self._steps()
 
+    def __repr__(self) -> str:
+        workers = f"{self.num_workers} {self.workers} workers" if self.num_workers else "no workers"
+        return (
+            f"StreamLoader({self._rows:,} samples in batches of {self.batch_size}, {workers}; next "
+            f"is epoch {self._epoch}, position {self._position:,})"
+        )
+
     @property
     def epoch(self) -> int:
         """The epoch that the next batch belongs to."""

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from numbers import Real
 from typing import Any, cast
 
 import numpy as np
@@ -11,6 +12,7 @@ import xxhash
 from torch.utils.data import Dataset
 
 from torsh_data._fingerprint import identify
+from torsh_data._map_style import require_map_style
 from torsh_data._order import Ids, Order
 from torsh_data._requests import EpochOrder
 from torsh_data._rng import fold, stream
@@ -44,7 +46,7 @@ class Mixture(Dataset[Any]):
         rows: Samples that all parts hold.
 
     Raises:
-        TypeError: If a part has no length or index.
+        TypeError: If `parts` is no mapping of pairs, or a data set has no length or index.
         ValueError: If there are no parts or too many, one is empty, or a weight is not above 0.
 
     Example:
@@ -63,6 +65,11 @@ class Mixture(Dataset[Any]):
     def __init__(
         self, parts: Mapping[str, tuple[Dataset[Any], float]], epoch_size: int | None = None
     ) -> None:
+        if not isinstance(parts, Mapping):
+            raise TypeError(
+                f"parts is a {type(parts).__name__}; give each data set a name and a weight: "
+                "Mixture({'code': (code, 0.7), 'prose': (prose, 0.3)})"
+            )
         if not parts:
             raise ValueError("parts is empty; give at least one name: (dataset, weight)")
         if len(parts) > _MOST_PARTS:
@@ -72,15 +79,15 @@ class Mixture(Dataset[Any]):
             )
         for name, part in parts.items():
             if not isinstance(part, tuple) or len(part) != 2:
-                raise TypeError(f"parts[{name!r}] is {part!r}; give a pair (dataset, weight)")
-            dataset, weight = part
-            if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
                 raise TypeError(
-                    f"parts[{name!r}] holds a {type(dataset).__name__} without a length and an "
-                    "index; a mixture needs map-style data sets"
+                    f"parts[{name!r}] is a {type(part).__name__}; give a pair (dataset, weight)"
                 )
+            dataset, weight = part
+            require_map_style(dataset, f"parts[{name!r}]", "Mixture")
             if not len(cast("Any", dataset)):
                 raise ValueError(f"parts[{name!r}] holds an empty data set")
+            if not isinstance(weight, Real):
+                raise TypeError(f"parts[{name!r}] has weight={weight!r}; give a number above 0")
             if not 0 < weight < float("inf"):
                 raise ValueError(f"parts[{name!r}] has weight={weight}; it must be above 0")
         self.names = list(parts)
@@ -94,6 +101,10 @@ class Mixture(Dataset[Any]):
         if isinstance(epoch_size, bool) or not isinstance(epoch_size, int) or epoch_size < 1:
             raise ValueError(f"epoch_size={epoch_size!r} must be a whole number, at least 1")
         self.epoch_size = epoch_size
+
+    def __repr__(self) -> str:
+        shares = ", ".join(f"{share:.3g} {name}" for name, share in self.shares.items())
+        return f"Mixture({shares}; {self.epoch_size:,} samples an epoch)"
 
     def __len__(self) -> int:
         return self.epoch_size

@@ -1,6 +1,7 @@
 """The next batches on the device before they are asked for."""
 
 import inspect
+import os
 import threading
 import weakref
 from collections.abc import Callable, Generator, Iterable, Iterator
@@ -12,6 +13,7 @@ from typing import Any, TypeAlias, cast
 import torch
 
 from torsh_data._loader import END, StreamLoader
+from torsh_data._stats import LoaderStats
 from torsh_data._transfer import PinnedSlot, lend, move
 
 Batch: TypeAlias = Any
@@ -59,7 +61,7 @@ class DevicePrefetcher:
 
     Raises:
         ValueError: If `depth` is out of range or the device is neither CUDA nor CPU.
-        TypeError: If the loader cannot be iterated.
+        TypeError: If the loader cannot be iterated, or is a path.
 
     Example:
         >>> from torsh_data import StreamLoader
@@ -87,8 +89,11 @@ class DevicePrefetcher:
         depth: int = 2,
         transform: Callable[[Batch], Batch] | None = None,
     ) -> None:
-        if not hasattr(loader, "__iter__"):
-            raise TypeError(f"loader is a {type(loader).__name__}, which cannot be iterated")
+        if not hasattr(loader, "__iter__") or isinstance(loader, (str, bytes, os.PathLike)):
+            raise TypeError(
+                f"loader is a {type(loader).__name__}, no iterable of batches; give a StreamLoader "
+                "or DataLoader of the data set"
+            )
         if isinstance(depth, bool) or not isinstance(depth, int) or depth < 1:
             raise ValueError(f"depth={depth!r} must be a whole number, at least 1")
         device = torch.device(device)
@@ -104,6 +109,21 @@ class DevicePrefetcher:
         self._slots: list[PinnedSlot] = []
         self._received: Any = None  # the loader's state as of the batch that was received last
         self._newest: _Ahead | None = None
+
+    def __repr__(self) -> str:
+        loader = type(self.loader).__name__
+        return f"DevicePrefetcher({loader}, '{self.device}', depth={self.depth})"
+
+    def stats(self) -> LoaderStats:
+        """The loader's `stats`, whose step is the loop's, or the copy and transform if slower.
+
+        Raises:
+            TypeError: If the loader has none.
+        """
+        loader = cast("Any", self.loader)
+        if not hasattr(loader, "stats"):
+            raise TypeError(f"a {type(loader).__name__} has no stats")
+        return loader.stats()
 
     def __len__(self) -> int:
         """Batches of an epoch, as the loader says."""

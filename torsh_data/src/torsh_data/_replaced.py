@@ -85,7 +85,7 @@ def add_packed(packed: object, datasets: Sequence[ShardedDataset]) -> None:
                 f"max_errors={dataset.max_errors}; allow more, or mend the files and set it to ''"
             )
     for dataset, new in tolerant:
-        dataset.add_errors(dict.fromkeys(sorted(new.difference(dataset.errors)), _BEFORE))
+        dataset.errors.update(dict.fromkeys(sorted(new.difference(dataset.errors)), _BEFORE))
 
 
 def _unpack(text: str, rows: int) -> set[int]:

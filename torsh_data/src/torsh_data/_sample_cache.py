@@ -24,6 +24,7 @@ from torsh_data._cache_folder import (
 from torsh_data._dataset import Transform, _takes_two
 from torsh_data._fingerprint import identify
 from torsh_data._machine import ranks_here, usable_memory
+from torsh_data._map_style import require_map_style
 from torsh_data._rng import generator, sample_keys, stream
 from torsh_data._sample_key import leaves, sample_key
 from torsh_data._sample_layout import Layout, UnfitError
@@ -116,6 +117,7 @@ class SampleCache(Dataset[Any]):
         limit: Bytes that the samples may take.
 
     Raises:
+        TypeError: If the data set has no length or index.
         ValueError: If the data set's transform is found to be random, or the contents cannot be
             told from those of another data set, or there is no room.
 
@@ -147,11 +149,7 @@ class SampleCache(Dataset[Any]):
             raise ValueError(f"where={where!r}; use 'ram', 'shm' or 'disk'")
         if (where == "disk") != (folder is not None):
             raise ValueError(f"folder={folder!r} and where={where!r}: a folder goes with 'disk'")
-        if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
-            raise TypeError(
-                f"dataset is a {type(dataset).__name__} without a length and an index; SampleCache "
-                "needs a map-style data set"
-            )
+        require_map_style(dataset, "dataset", "SampleCache")
         rows = len(cast("Any", dataset))
         if rows < 1:
             raise ValueError("dataset is empty")
@@ -261,6 +259,10 @@ class SampleCache(Dataset[Any]):
         hits, misses = self._file.counts()
         stored = int(np.count_nonzero(self._file.places))
         return CacheStats(stored, len(self), self._file.used, self.limit, hits, misses)
+
+    def __repr__(self) -> str:
+        held = str(self.stats()) if self._end.alive else "closed"
+        return f"SampleCache({self.where!r}: {held})"
 
     def __len__(self) -> int:
         return len(cast("Any", self.dataset))

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 import pyarrow as pa
 
+from torsh_data._answers import ask
 from torsh_data._arrow_shards import ArrowShard
 from torsh_data._braces import expand
 from torsh_data._files import DataFile, LocalFile, Remote, RemoteFile
@@ -216,14 +217,13 @@ class _UnpackedFile(DataFile):
 
 
 class _RemoteIndex:
-    """An index behind a URL, fetched at once, as far as reading it goes."""
+    """An index that came from a URL, as far as reading it goes."""
 
-    def __init__(self, remote: Remote, path: str) -> None:
-        self._name = remote.name(path)
-        self._content = remote.retry(lambda: remote.system.cat_file(path), self._name)
+    def __init__(self, name: str, content: str) -> None:
+        self._name, self._content = name, content
 
     def read_bytes(self) -> bytes:
-        return cast("bytes", self._content)
+        return self._content.encode(errors="surrogateescape")
 
     def __str__(self) -> str:
         return self._name
@@ -235,11 +235,15 @@ def _open_remote(urls: list[str], reading: Reading) -> tuple[list[Shard], Store]
     for url in urls:
         remote = Remote(url, reading.storage_options)
         path = remote.path.rstrip("/")
-        entries, listing = _look(remote, path, url, reading.metadata)
-        if not entries and not listing:
-            raise explain(url, _FORMATS)
+        options = sorted(reading.storage_options.items())
+        answer = ask(store, f"{url} {options}", partial(_look, remote, path, url))
+        listing: Mapping[str, Mapping[str, Any]] = answer.get("files", {})
         schema: pa.Schema | None = None
-        if entries:
+        if "index" in answer:
+            index = _RemoteIndex(remote.name(f"{path}/{INDEX_NAME}"), answer["index"])
+            entries = _entries(index, reading.metadata)
+            if not entries:
+                raise explain(url, _FORMATS)
             for name, entry in entries.items():
                 version = f"{entry.tail}:{entry.xxh3[0] if entry.xxh3 else ''}"
                 file = RemoteFile(remote, store, f"{path}/{name}", entry.bytes, version)
@@ -247,51 +251,60 @@ def _open_remote(urls: list[str], reading: Reading) -> tuple[list[Shard], Store]
                 schema = shard.schema() if schema is None else schema
                 shards.append(shard)
             continue
-        for found in listing:
-            _format(found)
         with ThreadPoolExecutor(_TOGETHER) as pool:
             open_one = partial(_open_listed, remote, store, reading)
             shards += pool.map(open_one, listing.items())
     return shards, store
 
 
-def _look(
-    remote: Remote, path: str, url: str, metadata: dict[str, Any]
-) -> tuple[dict[str, ShardEntry], dict[str, Mapping[str, Any]]]:
+def _look(remote: Remote, path: str, url: str) -> dict[str, Any]:
     """A folder's index, or the files of a folder, a pattern or one file with what is known."""
     system = remote.system
     if path.endswith(f"/{INDEX_NAME}"):
         raise ValueError(f"source={url!r} is an index; give the folder that it is in")
     if any(sign in path for sign in "*?["):
         found = remote.retry(lambda: system.glob(path, detail=True), url)
-        return {}, {name: info for name, info in sorted(found.items()) if _is_readable(name)}
-    if _is_readable(path):
-        return {}, {path: remote.retry(lambda: system.info(path), url)}
-    try:
-        return _entries(_RemoteIndex(remote, f"{path}/{INDEX_NAME}"), metadata), {}
-    except FileNotFoundError:
-        pass
-    listed = remote.retry(lambda: system.ls(path, detail=True), url)
-    files = {str(info["name"]): info for info in listed if info.get("type") != "directory"}
-    return {}, {name: info for name, info in sorted(files.items()) if _is_readable(name)}
+    elif _is_readable(path):
+        found = {path: remote.retry(lambda: system.info(path), url)}
+    else:
+        index = f"{path}/{INDEX_NAME}"
+        try:
+            content = remote.retry(lambda: system.cat_file(index), remote.name(index))
+        except FileNotFoundError:
+            pass
+        else:
+            return {"index": cast("bytes", content).decode(errors="surrogateescape")}
+        listed = remote.retry(lambda: system.ls(path, detail=True), url)
+        found = {str(info["name"]): info for info in listed if info.get("type") != "directory"}
+    names = sorted(filter(_is_readable, found))
+    if not names:
+        raise explain(url, _FORMATS)
+    with ThreadPoolExecutor(_TOGETHER) as pool:
+        known = pool.map(lambda name: _size_and_version(remote, name, found[name]), names)
+        return {"files": dict(zip(names, known, strict=True))}
 
 
-def _open_listed(
-    remote: Remote, store: Store, reading: Reading, found: tuple[str, Mapping[str, Any]]
-) -> Shard:
-    path, info = found
+def _size_and_version(remote: Remote, path: str, info: Mapping[str, Any]) -> dict[str, Any]:
     name = remote.name(path)
     if info.get("size") is None:
         info = remote.retry(lambda: remote.system.info(path), name)
     if info.get("size") is None:
         raise ValueError(f"{name}: the server does not tell the size of the file")
     version = next((str(info[key]) for key in _VERSIONS if info.get(key)), "")
-    if not version:
+    return {"size": int(info["size"]), "version": version}
+
+
+def _open_listed(
+    remote: Remote, store: Store, reading: Reading, found: tuple[str, Mapping[str, Any]]
+) -> Shard:
+    path, known = found
+    name = remote.name(path)
+    if not known["version"]:
         warnings.warn(
             f"{name}: the server tells no version of the file (no ETag, no time of its last "
             "change), so what the cache has of it is taken for the same as long as its size is; "
             "give changed files another name",
             stacklevel=2,
         )
-    file = RemoteFile(remote, store, path, int(info["size"]), version)
+    file = RemoteFile(remote, store, path, known["size"], known["version"])
     return _open_file(file, None, reading, store)

@@ -138,21 +138,21 @@ class Store:
         make(Sink(memory))
         return View(pa.py_buffer(memory.getbuffer()), in_memory=True)
 
-    def prepare(self, key: str, make: Make, size: int) -> None:
+    def prepare(self, key: str, make: Make, size: int, *, keep: bool = False) -> None:
         """Make a piece that will be read later, or note that it will be."""
-        name = _name(key)
+        name = _name(key, keep)
         try:
             os.utime(self.folder / name)
         except FileNotFoundError:
             self._make(name, make, size, ahead=True)
 
-    def has(self, key: str) -> bool:
+    def has(self, key: str, *, keep: bool = False) -> bool:
         """Whether a piece is there now."""
-        return (self.folder / _name(key)).exists()
+        return (self.folder / _name(key, keep)).exists()
 
-    def forget(self, key: str) -> None:
+    def forget(self, key: str, *, keep: bool = False) -> None:
         """Remove a piece whose contents are not what they should be."""
-        name = _name(key)
+        name = _name(key, keep)
         self._mapped.pop(name, None)
         self._checked.discard(name)
         (self.folder / name).unlink(missing_ok=True)

@@ -8,6 +8,7 @@ from typing import Any, cast
 from torch.utils.data import Dataset
 
 from torsh_data._machine import ranks_here, usable_cpus, usable_memory
+from torsh_data._map_style import require_map_style
 from torsh_data._reader import Collate
 from torsh_data._sizes import format_bytes, parse_bytes
 from torsh_data._trials import Bench, Here, Stage, Trial
@@ -127,6 +128,7 @@ def tune_workers(
         The plan, with all measurements.
 
     Raises:
+        TypeError: If the data set has no length or index.
         ValueError: If an argument is out of range.
 
     Example:
@@ -136,6 +138,7 @@ def tune_workers(
         [0, 1]
         >>> loader = StreamLoader([{"x": 1}], 1, num_workers=plan.num_workers, workers=plan.workers)
     """
+    require_map_style(dataset, "dataset", "tune_workers")
     if not budget_s > 0:
         raise ValueError(f"budget_s={budget_s} must be above 0")
     rows = len(cast("Any", dataset))
