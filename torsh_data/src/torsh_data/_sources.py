@@ -280,7 +280,7 @@ def _look(remote: Remote, path: str, url: str) -> dict[str, Any]:
     if not names:
         raise explain(url, _FORMATS)
     with ThreadPoolExecutor(_TOGETHER) as pool:
-        known = pool.map(lambda name: _size_and_version(remote, name, found[name]), names)
+        known = pool.map(partial(_size_and_version, remote), names, [found[n] for n in names])
         return {"files": dict(zip(names, known, strict=True))}
 
 
