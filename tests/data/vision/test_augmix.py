@@ -116,3 +116,8 @@ def test_the_module_shows_its_settings():
 def test_settings_out_of_range_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         vision.AugMix(**options)
+
+
+def test_a_text_does_not_switch_operations_off():
+    with pytest.raises(TypeError, match="all_ops='no' must be True or False"):
+        vision.AugMix(all_ops="no")

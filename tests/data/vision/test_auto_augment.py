@@ -76,6 +76,8 @@ def test_the_module_shows_its_settings():
 def test_an_unknown_policy_is_refused():
     with pytest.raises(ValueError, match="policy='mnist'; use 'imagenet', 'cifar10' or 'svhn'"):
         vision.AutoAugment("mnist")
+    with pytest.raises(ValueError, match=r"policy=\['svhn'\]; use 'imagenet', 'cifar10'"):
+        vision.AutoAugment(["svhn"])
 
 
 def test_a_probability_of_zero_never_applies(keys):

@@ -72,6 +72,7 @@ def test_another_number_of_keys_is_refused(keys, shape):
         ("ab", "'ab'"),
         ([1.0, 2.0], r"\[1.0, 2.0\]"),
         (2**64, str(2**64)),
+        ([[1], [2, 3]], r"\[\[1\], \[2, 3\]\]"),
         (np.array([0.5]), "dtype float64"),
         (torch.tensor([True]), "dtype torch.bool"),
         (torch.zeros(1), "dtype torch.float32"),

@@ -205,6 +205,16 @@ def test_the_module_shows_its_settings():
 
 
 @pytest.mark.parametrize(
+    "dtype", [torch.uint8, torch.int8, torch.int32, torch.uint16, torch.uint32, torch.uint64]
+)
+def test_class_numbers_have_any_whole_dtype(dtype):
+    images, labels, mix = torch.rand(5, 1, 8, 8), torch.arange(5), vision.MixupCutmix(5)
+    assert torch.equal(mix(images, labels.to(dtype), keys(5))[1], mix(images, labels, keys(5))[1])
+    with pytest.raises(ValueError, match="values from 0 to 4, but num_classes=4"):
+        vision.MixupCutmix(4)(images, labels.to(dtype), keys(5))
+
+
+@pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"num_classes": 0}, "num_classes=0"),
@@ -261,7 +271,9 @@ def test_inputs_that_do_not_fit_are_refused(images, labels, options, message):
         vision.MixupCutmix(3)(images, labels, **options)
 
 
-@pytest.mark.parametrize("labels", [torch.tensor([True, False]), torch.zeros(2).cfloat()])
+@pytest.mark.parametrize(
+    "labels", [torch.tensor([True, False]), torch.zeros(2).cfloat(), torch.zeros(2, 3).cfloat()]
+)
 def test_labels_that_are_no_numbers_of_classes_are_refused(labels):
     with pytest.raises(ValueError, match=f"and dtype {labels.dtype}, expected class numbers"):
         vision.MixupCutmix(3)(torch.zeros(2, 1, 4, 4), labels)

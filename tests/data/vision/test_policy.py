@@ -6,10 +6,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from torch.utils.data import Subset
 
 import torsh_data
 from torsh_data import ShardedDataset, StreamLoader, vision, write_shards
-from torsh_data._rng import generator
+from torsh_data._rng import generator, sample_keys
 from torsh_data.vision._engine import Drawn
 
 POLICIES = {
@@ -164,6 +165,20 @@ def test_a_transform_gives_what_the_pipeline_gives(workers, kind, tmp_path, pict
         assert torch.equal(first["label"], second["label"])
 
 
+def test_in_a_subset_the_generator_is_that_of_the_inner_sample(tmp_path, pictures):
+    write_shards(({"image": i, "id": k} for k, i in enumerate(pictures())), tmp_path / "shards")
+    policy, chosen = vision.RandAugment(), [8, 2, 5, 3]
+    data = ShardedDataset(
+        tmp_path / "shards",
+        transform=lambda sample, rng: {**sample, "image": policy(sample["image"], rng=rng)},
+    )
+    for epoch in (0, 1):
+        (batch,) = StreamLoader(Subset(data, chosen), 4, seed=3, epoch=epoch)
+        own = sample_keys(3, epoch, batch["id"].numpy())
+        assert torch.equal(batch["image"], policy(pictures()[batch["id"]], own))
+        assert batch["id"].tolist() == [chosen[k] for k in batch["index"].tolist()]
+
+
 def test_another_generator_gives_its_next_numbers(pictures):
     images, policy = pictures(), vision.RandAugment()
     first = policy(images, rng=np.random.default_rng(5))
@@ -275,9 +290,12 @@ def test_a_fill_that_does_not_fit_is_refused(pictures):
         (-1, ValueError, r"fill=-1 must be in \[0, 255\] for uint8, in \[0, 1\] for floats"),
         (256, ValueError, "fill=256 must be in"),
         ((0, 0, 300.0), ValueError, r"fill=\(0, 0, 300.0\) must be in"),
-        (float("nan"), ValueError, r"fill=\(nan,\) must be finite"),
-        (True, TypeError, r"fill=\(True,\) must hold numbers, not a bool"),
-        ("black", TypeError, "fill='black' must be a sequence of numbers, not a str"),
+        (np.array([0, 256, 0]), ValueError, r"fill=\[0, 256, 0\] must be in"),
+        (float("nan"), ValueError, "fill=nan must be finite"),
+        ((0.0, float("inf")), ValueError, r"fill=\(0.0, inf\) must be finite"),
+        (True, TypeError, "fill=True must be a number, not a bool"),
+        ("black", TypeError, "fill='black' must be a number, not a str"),
+        ([[1, 2, 3]], TypeError, r"fill=\[\[1, 2, 3\]\] must hold numbers, not a list"),
     ],
 )
 def test_a_fill_that_is_no_value_of_a_pixel_is_refused(kind, fill, error, message):
@@ -289,6 +307,15 @@ def test_floats_are_filled_with_a_share(pictures):
     with pytest.raises(ValueError, match=r"fill=128 must be in \[0, 1\] for images of torch.float"):
         vision.RandAugment(fill=128)(pictures() / 255)
     vision.RandAugment(fill=np.float32(0.5))(pictures() / 255)
+
+
+@pytest.mark.parametrize("make", [np.array, torch.tensor])
+def test_a_fill_may_be_an_array_or_a_tensor(make, pictures):
+    images = pictures()
+    for fill in (7, [1, 2, 3]):
+        expected = vision.TrivialAugmentWide(fill=fill)(images, range(9))
+        assert torch.equal(vision.TrivialAugmentWide(fill=make(fill))(images, range(9)), expected)
+        assert not torch.equal(vision.TrivialAugmentWide()(images, range(9)), expected)
 
 
 @pytest.mark.parametrize("value", [True, 2.0, "2", None])

@@ -118,6 +118,18 @@ def test_what_makes_no_sheet_is_refused(images, policies, options, error, messag
         vision.augmentation_sheet(images, policies, **options)
 
 
+def test_one_policy_makes_a_sheet():
+    images = torch.zeros(2, 3, 8, 8, dtype=torch.uint8)
+    axes = vision.augmentation_sheet(images, vision.AugMix())
+    assert [text.get_text() for text in axes.get_yticklabels()] == ["as stored", "AugMix"]
+
+
+@pytest.mark.parametrize("policies", [[vision.AugMix], {"mix": "augmix"}])
+def test_rows_of_a_sheet_are_policies(policies):
+    with pytest.raises(TypeError, match=r"policies has .*; use policies such as RandAugment\(\)"):
+        vision.augmentation_sheet(torch.zeros(2, 3, 8, 8), policies)
+
+
 @pytest.mark.parametrize("name", ["columns", "size"])
 @pytest.mark.parametrize("value", [True, 2.0, "2"])
 def test_numbers_of_columns_and_pixels_are_whole(name, value):
@@ -131,6 +143,9 @@ def test_numbers_of_columns_and_pixels_are_whole(name, value):
 def test_keys_of_a_sheet_may_be_a_list():
     images = torch.zeros(2, 3, 8, 8, dtype=torch.uint8)
     assert vision.augmentation_sheet(images, [vision.RandAugment()], [3, 4, 5])
-    assert vision.augmentation_sheet(images[:1], [vision.RandAugment()], 3)
+    for key in (3, np.int64(3), torch.tensor(3)):
+        assert vision.augmentation_sheet(images[:1], [vision.RandAugment()], key)
+    with pytest.raises(TypeError, match=r"keys has \[\{3, 4\}\]; use whole numbers"):
+        vision.augmentation_sheet(images, [vision.RandAugment()], {3, 4})
     with pytest.raises(ValueError, match=r"keys has shape \(1,\), expected .* each of 2 images"):
         vision.augmentation_sheet(images, [vision.RandAugment()], [3])

@@ -37,7 +37,7 @@ class AugMix(Policy):
             units (0 to 255 for uint8, 0 to 1 for floats); 0 by default.
 
     Raises:
-        TypeError: If an argument is no number of its kind.
+        TypeError: If an argument is of another kind than those above.
         ValueError: If an argument is out of range.
 
     Example:
@@ -65,6 +65,8 @@ class AugMix(Policy):
         super().__init__(interpolation, fill)
         check_whole(severity=severity, mixture_width=mixture_width, chain_depth=chain_depth)
         check_finite(alpha=alpha)
+        if not isinstance(all_ops, bool):
+            raise TypeError(f"all_ops={all_ops!r} must be True or False")
         if not 1 <= severity <= _BINS:
             raise ValueError(f"severity={severity} must be in [1, {_BINS}]")
         if not 1 <= mixture_width <= _MAX_WIDTH:

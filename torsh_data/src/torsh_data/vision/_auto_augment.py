@@ -135,7 +135,7 @@ class AutoAugment(Policy):
         fill: Fill = None,
     ) -> None:
         super().__init__(interpolation, fill)
-        if policy not in _TABLES:
+        if policy not in list(_TABLES):
             raise ValueError(f"policy={policy!r}; use 'imagenet', 'cifar10' or 'svhn'")
         self.policy: PolicyName = policy
 

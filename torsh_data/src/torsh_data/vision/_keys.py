@@ -59,7 +59,10 @@ def _whole(keys: Any) -> torch.Tensor:
         if whole:
             return keys.detach().reshape(-1).cpu().to(torch.int64)
         raise TypeError(f"keys has dtype {keys.dtype}; use whole numbers, such as torch.int64")
-    array = np.asarray(keys)
+    try:
+        array = np.asarray(keys)
+    except ValueError:  # rows of different lengths
+        array = np.array(None)
     if array.dtype.kind not in "iu" and array.size:
         held = f"dtype {array.dtype}" if isinstance(keys, np.ndarray) else f"{keys!r}"
         raise TypeError(

@@ -15,7 +15,6 @@ from torsh_data.vision._settings import check_finite, check_whole
 
 # Draws of a key: RandAugment uses those from 0 on, these lie far behind.
 _APPLY, _SWITCH, _X, _Y, _PARTNER, _LAMBDA = 1000, 1001, 1002, 1003, 1004, 2000
-_WHOLE = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
 @dataclass(frozen=True)
@@ -224,9 +223,12 @@ class MixupCutmix(nn.Module):
             )
         if labels.shape[:1] != (batch,):
             raise ValueError(f"labels has shape {tuple(labels.shape)} for {batch} images")
-        if labels.ndim == 2 and labels.shape[1] == self.num_classes:
+        real = not labels.is_complex()
+        whole = real and not labels.is_floating_point() and labels.dtype != torch.bool
+        if labels.ndim == 2 and labels.shape[1] == self.num_classes and real:
             targets = labels.float()
-        elif labels.ndim == 1 and labels.dtype in _WHOLE:
+        elif labels.ndim == 1 and whole:
+            labels = labels.long()
             # on a GPU the check would wait for the device, which reports a wrong index itself
             on_cpu = batch > 0 and not labels.is_cuda
             if on_cpu and not 0 <= labels.min() <= labels.max() < self.num_classes:
@@ -235,7 +237,7 @@ class MixupCutmix(nn.Module):
                     f"num_classes={self.num_classes}"
                 )
             targets = torch.zeros(batch, self.num_classes, device=labels.device)
-            targets.scatter_(1, labels.long()[:, None], 1.0)
+            targets.scatter_(1, labels[:, None], 1.0)
         else:
             raise ValueError(
                 f"labels has shape {tuple(labels.shape)} and dtype {labels.dtype}, expected class "

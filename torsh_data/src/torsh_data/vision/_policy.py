@@ -1,7 +1,6 @@
 """What all augmentation policies share: what they take, and what decides the draws."""
 
 from collections.abc import Sequence
-from numbers import Real
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
 
 import numpy as np
@@ -11,7 +10,7 @@ from torch import nn
 from torsh_data.vision._engine import Drawn, apply_layers
 from torsh_data.vision._images import as_batch, each_of, is_picture, refuse
 from torsh_data.vision._keys import SomeKeys, as_keys
-from torsh_data.vision._settings import as_series, check_whole
+from torsh_data.vision._settings import as_series, check_finite, check_whole
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -43,8 +42,16 @@ class Policy(nn.Module):
         super().__init__()
         if interpolation not in ("nearest", "bilinear"):
             raise ValueError(f"interpolation={interpolation!r}; use 'nearest' or 'bilinear'")
-        values = () if fill is None else (fill,) if isinstance(fill, Real) else fill
-        if not all(0 <= value <= 255 for value in as_series("fill", values)):
+        if isinstance(fill, np.ndarray | torch.Tensor):
+            fill = fill.tolist()
+        if fill is None:
+            values = ()
+        elif isinstance(fill, Sequence) and not isinstance(fill, str):
+            values = as_series("fill", fill)
+        else:
+            check_finite(fill=fill)
+            values = (fill,)
+        if not all(0 <= value <= 255 for value in values):
             raise ValueError(f"fill={fill!r} must be in [0, 255] for uint8, in [0, 1] for floats")
         self.interpolation = interpolation
         self.fill = fill
@@ -71,9 +78,11 @@ class Policy(nn.Module):
                 into its batches.
             rng: Instead of keys, for one image in a data set's transform: the generator that
                 `ShardedDataset` gives to the transform stands for its sample's key, so the result
-                is that of the batch with `keys=batch["key"]` (so does a NumPy `Philox` with a key
-                of your own below 2**64). From any other generator the next numbers are the keys.
-                Without keys and rng, torch's global CPU generator draws them.
+                is that of the batch with `keys=batch["key"]`, if a `StreamLoader` reads the data
+                set itself: in a `Subset`, a `ConcatDataset` or a mixture, samples have other
+                numbers, and with them other keys. A NumPy `Philox` with a key of your own below
+                2**64 stands for it likewise. From any other generator the next numbers are the
+                keys. Without keys and rng, torch's global CPU generator draws them.
 
         Returns:
             New images of the same kind, shape, dtype and device.

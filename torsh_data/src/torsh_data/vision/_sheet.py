@@ -4,6 +4,7 @@ import io
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
+import numpy as np
 import torch
 
 from torsh_data.vision._images import as_batch, from_picture, is_picture
@@ -79,7 +80,7 @@ def plot_sheet(
 
 def augmentation_sheet(
     images: torch.Tensor | Sequence[Any],
-    policies: Mapping[str, Policy] | Sequence[Policy],
+    policies: Mapping[str, Policy] | Sequence[Policy] | Policy,
     keys: SomeKeys = None,
     *,
     titles: Sequence[str] | None = None,
@@ -93,7 +94,8 @@ def augmentation_sheet(
         images: A batch `(batch, channels, height, width)`, or a sequence (also a data set) of
             tensors `(channels, height, width)`, Pillow images, or bytes of JPEG or PNG files, each
             of any size. The first `columns` are read.
-        policies: The policies by the names of their rows; without names, those of their classes.
+        policies: One or several, or a mapping of the names of rows to policies; without names,
+            those of the classes are taken.
         keys: Whole numbers `(n,)` as a tensor, array or list, one for each image that is drawn or
             for more; 0, 1, 2 ... by default, so that a sheet can be drawn again.
         titles: Text below each column, for instance its labels.
@@ -107,7 +109,7 @@ def augmentation_sheet(
 
     Raises:
         ImportError: If matplotlib is missing, or Pillow is and there are files to decode.
-        TypeError: If `columns` or `size` is no whole number, or something is no image.
+        TypeError: If `columns` or `size` is no whole number, or something is no image or no policy.
         ValueError: If there is no image, `size` is below 1, or there are fewer keys than images.
 
     Example:
@@ -120,9 +122,13 @@ def augmentation_sheet(
     if isinstance(policies, Mapping):
         named = dict(policies)
     else:
-        named = {type(policy).__name__: policy for policy in policies}
-        if len(named) < len(policies):
+        several = [policies] if isinstance(policies, Policy) else policies
+        named = {type(policy).__name__: policy for policy in several}
+        if len(named) < len(several):
             raise ValueError("policies has two of one class; give them names, in a mapping")
+    for policy in named.values():
+        if not isinstance(policy, Policy):
+            raise TypeError(f"policies has {policy!r}; use policies such as RandAugment()")
     check_whole(columns=columns, **({} if size is None else {"size": size}))
     if size is not None and size < 1:
         raise ValueError(f"size={size} must be at least 1")
@@ -131,8 +137,8 @@ def augmentation_sheet(
         raise ValueError(f"columns={columns} of {len(images)} images: there is no image to draw")
     side = 128 if size is None else size
     shown = [_scaled(_decoded(images[k]), side, enlarge=size is not None) for k in range(count)]
-    drawn = range(count) if keys is None else [keys] if isinstance(keys, int) else keys[:count]
-    numbers = as_keys(drawn, None, count)
+    some: Any = range(count) if keys is None else keys
+    numbers = as_keys([some] if np.ndim(some) == 0 else some[:count], None, count)
     stages: dict[str, Callable[[list[torch.Tensor], torch.Tensor], list[torch.Tensor]]] = {
         "as stored": lambda some, _: some,
         **named,
