@@ -255,6 +255,7 @@ def test_metadata_is_kept_as_it_will_be_read(tmp_path):
 def test_a_bar_is_shown_when_asked_for(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("torsh_data._progress._PATIENCE", 0.0)
     monkeypatch.setenv("FORCE_COLOR", "1")  # as on a terminal
+    monkeypatch.setenv("TERM", "xterm")
     write_shards(numbers(300), tmp_path / "shown", progress=True, **SMALL)
     assert "Writing" in capsys.readouterr().out
     write_shards(numbers(300), tmp_path / "not", **SMALL)
