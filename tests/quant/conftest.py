@@ -1,5 +1,6 @@
 """A small convolution net, trained once a session on scikit-learn's digits."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import pytest
@@ -7,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
+
+from torsh_quant._statistics import Collector, Statistics
 
 
 @dataclass(frozen=True)
@@ -57,3 +60,20 @@ def digits() -> Digits:
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def device(request: pytest.FixtureRequest) -> str:
     return request.param
+
+
+@pytest.fixture(scope="session")
+def correlated() -> Callable[..., tuple[Tensor, Statistics, Tensor]]:
+    """Makes a weight, and inputs whose columns hang together, with their moments."""
+
+    def case(out: int = 24, columns: int = 48) -> tuple[Tensor, Statistics, Tensor]:
+        generator = torch.Generator().manual_seed(0)
+        weight = torch.randn(out, columns, generator=generator)
+        mixing = torch.randn(12, columns, generator=generator)
+        x = torch.randn(500, 12, generator=generator) @ mixing
+        x += 0.2 * torch.randn(500, columns, generator=generator)
+        collector = Collector(nn.Linear(columns, out))
+        collector.observe(x)
+        return weight, collector.statistics(), x
+
+    return case

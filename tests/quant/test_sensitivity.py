@@ -1,12 +1,16 @@
 import json
+import random
+import signal
+import subprocess
 import sys
+import time
 
 import pytest
 import torch
 from scipy.stats import spearmanr
 from torch import nn
 
-from torsh_quant import quantize, sensitivity
+from torsh_quant import Sensitivity, quantize, sensitivity
 
 
 def net():
@@ -184,7 +188,7 @@ def test_table_json_and_plot(batches, monkeypatch):
     assert len(lines) == 4
     assert str(found) == found.table()
     read = json.loads(found.to_json())
-    assert (read["format"], read["version"], len(read["rows"])) == ("torsh-quant-sensitivity", 1, 6)
+    assert (read["format"], read["version"], len(read["rows"])) == ("torsh-quant-sensitivity", 2, 6)
     assert read["rows"][0]["value"] == found.rows[0].value
     figure, axes = plt.subplots()
     assert found.plot(ax=axes) is axes
@@ -195,3 +199,76 @@ def test_table_json_and_plot(batches, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(ImportError, match=r"pip install 'torsh-quant\[plot\]'"):
         found.plot()
+
+
+def test_json_comes_back(digits):
+    data = digits.images[:32].split(16)
+    found = sensitivity(digits.net, data, ["w4a16", "w8a8"], score="mse")
+    assert Sensitivity.from_json(found.to_json()) == found
+    content = json.loads(found.to_json())
+    for text, message in (
+        ("{", "no JSON"),
+        ('{"format": "else"}', "no torsh-quant-sensitivity"),
+        (json.dumps({**content, "version": 1}), "has version 1 .*measure again"),
+        (json.dumps({**content, "rows": [{"layer": "0"}]}), "damaged"),
+        (json.dumps({**content, "rows": None}), "damaged"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            Sensitivity.from_json(text)
+
+
+CHILD = """
+import sys, torch
+from torch import nn
+import torsh_quant._sensitivity as module
+from torsh_quant import sensitivity
+module.SAVE_S = 0.0
+torch.set_num_threads(1)
+torch.manual_seed(0)
+net = nn.Sequential(*(layer for _ in range(6) for layer in (nn.Linear(64, 64), nn.GELU()))).eval()
+data = torch.randn(40, 64, 64)
+print("begin", flush=True)
+found = sensitivity(net, data, ["w8a8", "w4a16", "w2a16"], score=sys.argv[1], resume=sys.argv[2])
+print(found.to_json())
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("score", ["grad", "kl"])
+def test_killed_at_random_it_ends_with_the_same_numbers(tmp_path, score):
+    def start(folder):
+        command = [sys.executable, "-W", "error", "-c", CHILD, score, str(tmp_path / folder)]
+        child = subprocess.Popen(command, stdout=subprocess.PIPE)
+        assert child.stdout.readline() == b"begin\n"
+        return child
+
+    whole, begin = start("whole"), time.monotonic()
+    expected = whole.communicate()[0]
+    took = time.monotonic() - begin
+    chance, deaths = random.Random(0), 0
+    for _ in range(5):
+        child = start("broken")
+        time.sleep(chance.uniform(0, 0.3 * took))
+        child.kill()
+        deaths += child.wait() == -signal.SIGKILL
+        child.stdout.close()
+    last = start("broken")
+    assert last.communicate()[0] == expected
+    assert last.returncode == 0
+    assert deaths >= 2
+
+
+def test_other_work_in_the_folder_is_refused(digits, tmp_path):
+    data = digits.images[:32].split(16)
+    first = sensitivity(digits.net, data, ["w4a16"], score="mse", resume=tmp_path)
+    again = sensitivity(digits.net, data, ["w4a16"], score="mse", resume=tmp_path)
+    assert again == first
+    with pytest.raises(ValueError, match="of another run: data differ"):
+        sensitivity(digits.net, data[:1], ["w4a16"], score="mse", resume=tmp_path)
+    with pytest.raises(ValueError, match="schemes, score differ"):
+        sensitivity(digits.net, data, ["w3a16"], score="kl", resume=tmp_path)
+
+
+def test_static_schemes_are_refused(digits):
+    with pytest.raises(ValueError, match=r"'w8a8-static', whose scales .* measure 'w8a8'"):
+        sensitivity(digits.net, [digits.images[:8]], ["w8a8-static"])

@@ -1,124 +1,96 @@
 """From a float model to a quantized one and back."""
 
 import copy
+import os
 import warnings
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from importlib.util import find_spec
+from itertools import islice
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from torsh_quant._explain import plan_for
-from torsh_quant._layer import QuantizedLayer
 from torsh_quant._layers import (
-    FloatLayer,
+    embedding_layers,
     matches,
     model_bytes,
     quantizable_layers,
-    quantized_layer,
     quantized_layers,
     replace_modules,
     require_matches,
 )
+from torsh_quant._methods import Method, parse_methods
+from torsh_quant._pipeline import Job, calibrate_model
+from torsh_quant._report import LayerReport, QuantReport
 from torsh_quant._spec import Scheme
-from torsh_quant._table import text_table
 
 DEFAULT_SKIP = ("lm_head",)
-
-
-@dataclass(frozen=True)
-class LayerReport:
-    """What quantization did to one layer.
-
-    Args:
-        layer: Name in the model.
-        scheme: Short name of its scheme, or ``"float"``.
-        bytes_before: Weight and bias as they were.
-        bytes_after: Integers, scales, zero points and bias.
-        max_error: Largest change of a weight.
-        mean_error: Root mean square change over the root mean square weight.
-        note: Why it stayed float; empty otherwise.
-    """
-
-    layer: str
-    scheme: str
-    bytes_before: int
-    bytes_after: int
-    max_error: float
-    mean_error: float
-    note: str = ""
-
-
-@dataclass(frozen=True)
-class QuantReport:
-    """What :func:`quantize` did, layer by layer; ``str()`` is a table.
-
-    Args:
-        rows: One for each layer that can be quantized.
-        bytes_before: Bytes of the whole model before.
-        bytes_after: Bytes of the whole model now.
-    """
-
-    rows: tuple[LayerReport, ...]
-    bytes_before: int
-    bytes_after: int
-
-    def __str__(self) -> str:
-        head = ["layer", "scheme", "bytes before", "after", "max error", "mean error", "note"]
-        rows = [
-            [
-                row.layer or "(model)",
-                row.scheme,
-                f"{row.bytes_before:,}",
-                f"{row.bytes_after:,}",
-                f"{row.max_error:.2e}",
-                f"{row.mean_error:.2%}",
-                row.note,
-            ]
-            for row in self.rows
-        ]
-        total = ["model", "", f"{self.bytes_before:,}", f"{self.bytes_after:,}", "-", "-", ""]
-        return text_table(head, [*rows, total])
 
 
 def quantize(
     model: nn.Module,
     scheme: str | Scheme = "w8a8",
     *,
+    data: Iterable[Any] | None = None,
+    method: str | Method | Sequence[str | Method] = "rtn",
     skip: Sequence[str] = DEFAULT_SKIP,
     overrides: Mapping[str, str | Scheme | None] | None = None,
+    observer: str = "mse",
+    max_batches: int = 128,
+    resume: str | os.PathLike[str] | None = None,
     inplace: bool = False,
     strict: bool = False,
+    progress: bool | None = None,
 ) -> nn.Module:
-    """Replace the linear and 2-d convolution layers of any model by quantized ones.
+    """Replace the linear layers and convolutions of any model by quantized ones.
 
-    Rounds to nearest and needs no data. The result is the same kind of module with plain integer
-    buffers in its ``state_dict()``; what was done is in its attribute ``quant_report``. Layers that
-    share a weight share the quantized one; a layer whose weight is also used elsewhere (an
-    embedding) stays float with a warning.
+    Without data, weights are rounded to nearest and activations get their scales at run time. The
+    result is the same kind of module with plain integer buffers in its ``state_dict()``; what was
+    done is in its attribute ``quant_report``. Layers that share a weight share the quantized one; a
+    layer whose weight is also used elsewhere (an embedding) stays float with a warning.
+
+    With data, batch normalisations are folded into the layers before them, and layers are quantized
+    in the order of their calls, block by block where a model is built of blocks: each sees what the
+    quantized ones before it give. Padding (``attention_mask``) does not count.
 
     Patterns in ``skip`` and ``overrides`` are shell-style and match a layer's whole name, its last
     part (unless that is a number), or the name of a module it is in.
 
     Args:
         model: Any module in evaluation mode, with real finite weights.
-        scheme: ``"w8a8"`` runs on integer kernels; ``"w4a16"`` and ``"w8a16"`` save memory and
-            leave activations alone; ``"w4a8"`` stores 4 bits and runs on the 8-bit kernels. See
-            :class:`Scheme` for all.
+        scheme: ``"w8a8"`` runs on integer kernels; ``"w8a8-static"`` too, with scales of
+            activations from data; ``"w4a16"`` and ``"w8a16"`` save memory and leave activations
+            alone; ``"w4a8"`` stores 4 bits and runs on the 8-bit kernels. See :class:`Scheme`.
+        data: Batches for calibration: a tensor, a tuple or list whose first item is the input, or a
+            dictionary of keyword arguments (``labels`` is left out). Some hundred samples do.
+        method: How to choose integers: ``"rtn"``, ``"hqq"`` without data, ``"gptq"``,
+            ``"adaround"``; before that ``"equalize"`` and ``"smoothquant"``, after it
+            ``"bias_correction"``. One, several, or objects with options, such as
+            ``[SmoothQuant(0.8), GPTQ(damp=0.05)]``.
         skip: Layers that stay float.
-        overrides: Schemes of single layers by pattern; None keeps a layer float. The last match
-            counts.
+        overrides: Schemes of single layers by pattern; None keeps a layer float. A layer's own name
+            counts most, then the last match. An ``nn.Embedding`` is quantized only where a pattern
+            names it.
+        observer: How static schemes choose the range of activations: ``"minmax"``,
+            ``"moving_average"``, ``"percentile"``, ``"entropy"`` or ``"mse"``.
+        max_batches: Take so many batches from ``data``, at most; they are kept in memory.
+        resume: A folder. Finished work is kept in it, and a run that was killed goes on there, to
+            the same bits.
         inplace: Change ``model`` instead of a copy. No layer is replaced before all are quantized,
             so an error leaves the model as it was, and until then the float and the quantized
             weights are in memory together.
         strict: Raise where a layer would run on a slow path (see :func:`explain`).
+        progress: Whether to show a bar for what takes longer than two seconds; None if rich is
+            installed.
 
     Returns:
         The quantized model.
 
     Raises:
-        ValueError: If a scheme does not fit a layer, a pattern names no layer, or a weight is not
-            finite.
+        ValueError: If a scheme does not fit a layer, a pattern names no layer, a weight or an input
+            is not finite, data is missing or does not reach a layer, or ``resume`` holds other
+            work.
         RuntimeError: If the model is in training mode, on the meta device, quantized already, or
             has nothing to quantize; with ``strict``, if a layer would run slowly.
 
@@ -129,51 +101,57 @@ def quantize(
         (torch.int8, 'Linear')
         >>> small.quant_report.bytes_before, small.quant_report.bytes_after
         (19240, 7208)
+        >>> tiny = quantize(net, "w4a16", data=[torch.randn(32, 64)], method="gptq")
+        >>> tiny.quant_report.bytes_after
+        2960
     """
     _require_ready(model)
+    chain = parse_methods(method)
     overrides = overrides or {}
-    names = [name for name, _ in quantizable_layers(model)]
-    if not names:
-        raise RuntimeError(f"{type(model).__name__} has no nn.Linear or nn.Conv2d to quantize")
-    require_matches("overrides", list(overrides), names)
-    if tuple(skip) != DEFAULT_SKIP:
-        require_matches("skip", list(skip), names)
-    chosen = {name: _scheme_for(name, Scheme.parse(scheme), skip, overrides) for name in names}
-    for name, layer in quantizable_layers(model):
-        if chosen[name] is not None and not torch.isfinite(layer.weight).all():
-            raise ValueError(
-                f"the weight of {name!r} has NaN or infinity; quantize a model that works, or "
-                f"leave the layer out with skip=({name!r},)"
-            )
+    chosen = _choose(model, Scheme.parse(scheme), skip, overrides)
+    wanted = {name: one for name, one in chosen.items() if one is not None}
+    static = sorted(name for name, one in wanted.items() if one.is_static)
+    if data is None and (static or chain.needs_data):
+        raise ValueError(
+            f"data is missing: {f'{wanted[static[0]]} of {static[0]!r}' if static else 'method'} "
+            "needs calibration data; give data= some batches of real input"
+        )
+    if resume is not None and data is None:
+        raise ValueError("resume keeps the work of calibration, which needs data=")
     before = model_bytes(model)
-    model = model if inplace else copy.deepcopy(model)
-    notes = _left_alone(model, chosen)
-    rows: list[LayerReport] = []
-    new: dict[nn.Module, nn.Module] = {}
-    by_weight: dict[int, QuantizedLayer] = {}
-    for name, layer in list(quantizable_layers(model)):
-        chosen_scheme = chosen[name]
-        size = sum(tensor.nbytes for tensor in layer.parameters())
-        if chosen_scheme is None or name in notes:
-            note = notes.get(name, "skipped")
-            rows.append(LayerReport(name, "float", size, size, 0.0, 0.0, note))
-            continue
-        made = quantized_layer(name, layer, chosen_scheme)
-        first = by_weight.setdefault(id(layer.weight), made)
-        if first is not made and first.scheme == made.scheme and type(first) is type(made):
-            made.weight, made.scale, made.zero_point = first.weight, first.scale, first.zero_point
-        if strict and (plan := plan_for(name, made)).fallback:
-            raise RuntimeError(
-                f"{name!r} as {plan.scheme} would run slowly ({plan.kernel}): {plan.reason}; "
-                "choose another scheme for it in overrides=, or strict=False"
-            )
-        rows.append(_report(name, layer, made, size))
-        new[layer] = made
-    model = replace_modules(model, new)
-    _leave_fused_paths(model)
-    report = QuantReport(tuple(rows), before, model_bytes(model))
-    object.__setattr__(model, "quant_report", report)
-    return model
+    work = model if inplace and data is None else copy.deepcopy(model)
+    notes = _left_alone(work, chosen)
+    tables = dict(embedding_layers(work))
+    layers = [*quantizable_layers(work), *tables.items()]
+    sizes = {name: sum(t.nbytes for t in layer.parameters()) for name, layer in layers}
+    job = Job(
+        work,
+        {name: one for name, one in wanted.items() if name not in notes},
+        chain,
+        strict=strict,
+    )
+    if data is None:
+        job.convert(list(job.schemes), {})
+    else:
+        batches = [_moved(batch, work) for batch in islice(data, max_batches)]
+        bar = find_spec("rich") is not None if progress is None else progress
+        calibrate_model(job, batches, observer, resume, bar=bar)
+    work = job.finish()
+    _leave_fused_paths(work)
+    rows = [
+        job.reports.get(name)
+        or LayerReport(
+            name, "float", sizes[name], sizes[name], 0.0, 0.0, notes.get(name, "skipped")
+        )
+        for name in chosen
+        if name in job.reports or name not in tables
+    ]
+    report = QuantReport(tuple(rows), before, model_bytes(work))
+    if inplace and work is not model and type(work) is type(model):
+        model.__dict__.update(work.__dict__)
+        work = model
+    object.__setattr__(work, "quant_report", report)
+    return work
 
 
 def dequantize(
@@ -222,16 +200,37 @@ def _require_ready(model: nn.Module) -> None:
             raise RuntimeError(f"{name!r} is on the meta device; load the weights before quantize")
 
 
-def _scheme_for(
-    name: str,
+def _choose(
+    model: nn.Module,
     scheme: Scheme,
     skip: Sequence[str],
     overrides: Mapping[str, str | Scheme | None],
-) -> Scheme | None:
-    chosen = None if any(matches(name, pattern) for pattern in skip) else scheme
-    for pattern, other in overrides.items():
-        if matches(name, pattern):
-            chosen = None if other is None else Scheme.parse(other)
+) -> dict[str, Scheme | None]:
+    """Return the scheme of each layer, None where it stays float."""
+    layers, tables = dict(quantizable_layers(model)), dict(embedding_layers(model))
+    names = [name for name, _ in model.named_modules() if name in layers or name in tables]
+    if not layers and not overrides:
+        raise RuntimeError(
+            f"{type(model).__name__} has no nn.Linear, nn.Conv1d, nn.Conv2d or nn.Conv3d to "
+            "quantize"
+        )
+    require_matches("overrides", list(overrides), names)
+    if tuple(skip) != DEFAULT_SKIP:
+        require_matches("skip", list(skip), names)
+    chosen: dict[str, Scheme | None] = {}
+    for name in names:
+        left = name in tables or any(matches(name, pattern) for pattern in skip)
+        chosen[name] = None if left else scheme
+        found = [pattern for pattern in overrides if matches(name, pattern)]
+        if found:
+            other = overrides[name if name in overrides else found[-1]]
+            chosen[name] = None if other is None else Scheme.parse(other)
+        layer = layers.get(name) or tables[name]
+        if chosen[name] is not None and not torch.isfinite(layer.weight).all():
+            raise ValueError(
+                f"the weight of {name!r} has NaN or infinity; quantize a model that works, or "
+                f"leave the layer out with skip=({name!r},)"
+            )
     return chosen
 
 
@@ -242,9 +241,10 @@ def _left_alone(model: nn.Module, chosen: Mapping[str, Scheme | None]) -> dict[s
         for parameter in module._parameters.values():
             if parameter is not None:
                 owners.setdefault(id(parameter), set()).add(module)
-    replaced = {layer for name, layer in quantizable_layers(model) if chosen[name] is not None}
+    layers = [*quantizable_layers(model), *embedding_layers(model)]
+    replaced = {layer for name, layer in layers if chosen[name] is not None}
     notes = {}
-    for name, layer in quantizable_layers(model):
+    for name, layer in layers:
         if layer not in replaced:
             continue
         others = owners[id(layer.weight)] - replaced
@@ -258,14 +258,19 @@ def _left_alone(model: nn.Module, chosen: Mapping[str, Scheme | None]) -> dict[s
     return notes
 
 
-def _report(name: str, layer: FloatLayer, made: QuantizedLayer, size: int) -> LayerReport:
-    weight = layer.weight.detach().float().flatten(1)
-    change = made.dequantized_weight() - weight
-    power = weight.square().mean().sqrt().item()
-    mean_error = change.square().mean().sqrt().item() / power if power else 0.0
-    now = sum(tensor.nbytes for tensor in made._buffers.values() if tensor is not None)
-    worst = change.abs().max().item() if change.numel() else 0.0
-    return LayerReport(name, str(made.scheme), size, now, worst, mean_error)
+def _left_float(name: str, nbytes: int, note: str) -> LayerReport:
+    return LayerReport(name, "float", nbytes, nbytes, 0.0, 0.0, note)
+
+
+def _moved(value: Any, model: nn.Module) -> Any:
+    """A batch on the model's device."""
+    if isinstance(value, Tensor):
+        return value.to(next(model.parameters()).device)
+    if isinstance(value, Mapping):
+        return {name: _moved(item, model) for name, item in value.items()}
+    if isinstance(value, (tuple, list)):
+        return [_moved(item, model) for item in value]
+    return value
 
 
 def _leave_fused_paths(model: nn.Module) -> None:

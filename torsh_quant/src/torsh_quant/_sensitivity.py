@@ -1,14 +1,18 @@
 """How much each layer's quantization changes the model's output."""
 
-import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any, Literal, cast
+from importlib.util import find_spec
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
+from torsh_quant._batches import first_tensor, run_model
+from torsh_quant._flow import every_layer_called
+from torsh_quant._journal import Journal, data_digest, model_digest
 from torsh_quant._layer import QuantizedLayer
 from torsh_quant._layers import (
     FloatLayer,
@@ -17,116 +21,11 @@ from torsh_quant._layers import (
     quantized_layers,
     replace_modules,
 )
+from torsh_quant._progress import progress_bar
+from torsh_quant._scores import LayerScore, Score, Sensitivity
 from torsh_quant._spec import Scheme
-from torsh_quant._table import text_table
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-
-Score = Literal["kl", "mse", "grad"]
-FORMAT = "torsh-quant-sensitivity"
-
-
-@dataclass(frozen=True)
-class LayerScore:
-    """The score of one layer under one scheme.
-
-    Args:
-        layer: Name in the model.
-        scheme: Short name of the scheme.
-        value: The score; 0 is no change.
-        nbytes: Bytes of the layer under the scheme.
-    """
-
-    layer: str
-    scheme: str
-    value: float
-    nbytes: int
-
-
-@dataclass(frozen=True)
-class Sensitivity:
-    """Scores of all layers under all schemes, in the order of the model.
-
-    Args:
-        score: What was measured: ``"kl"``, ``"mse"`` or ``"grad"``.
-        samples: Number of samples measured on.
-        rows: One for each layer and scheme.
-    """
-
-    score: Score
-    samples: int
-    rows: tuple[LayerScore, ...]
-
-    @property
-    def layers(self) -> tuple[str, ...]:
-        """Names of the layers, in the order of the model."""
-        return tuple(dict.fromkeys(row.layer for row in self.rows))
-
-    @property
-    def schemes(self) -> tuple[str, ...]:
-        """Short names of the schemes, as they were given."""
-        return tuple(dict.fromkeys(row.scheme for row in self.rows))
-
-    def value(self, layer: str, scheme: str) -> float:
-        """Return the score of one layer under one scheme.
-
-        Raises:
-            KeyError: If it was not measured.
-        """
-        for row in self.rows:
-            if (row.layer, row.scheme) == (layer, scheme):
-                return row.value
-        raise KeyError(f"layer={layer!r} with scheme={scheme!r} was not measured")
-
-    def table(self) -> str:
-        """Return a text table: a layer a line, a scheme a column, the most sensitive first."""
-        worst = {
-            layer: max(self.value(layer, scheme) for scheme in self.schemes)
-            for layer in self.layers
-        }
-        rows = [
-            [layer or "(model)", *(f"{self.value(layer, scheme):.2e}" for scheme in self.schemes)]
-            for layer in sorted(self.layers, key=lambda layer: -worst[layer])
-        ]
-        return text_table([f"layer ({self.score})", *self.schemes], rows)
-
-    def to_json(self) -> str:
-        """Return everything as JSON, with the format's name and version."""
-        return json.dumps({"format": FORMAT, "version": 1, **asdict(self)}, indent=1)
-
-    def plot(self, ax: "Axes | None" = None) -> "Axes":
-        """Draw one line of points per scheme over the layers, on a logarithmic scale.
-
-        Args:
-            ax: Where to draw; by default the current axes of matplotlib.
-
-        Returns:
-            The axes.
-
-        Raises:
-            ImportError: If matplotlib is not installed.
-        """
-        try:
-            from matplotlib import pyplot as plt
-        except ImportError as error:
-            message = "Sensitivity.plot needs matplotlib: pip install 'torsh-quant[plot]'"
-            raise ImportError(message) from error
-        axes: Axes = plt.gca() if ax is None else ax
-        places = range(len(self.layers))
-        floor = min((row.value for row in self.rows if row.value > 0), default=1.0)
-        for scheme in self.schemes:
-            values = [max(self.value(layer, scheme), floor) for layer in self.layers]
-            axes.plot(places, values, marker="o", linewidth=1, label=scheme)
-        axes.set_yscale("log")
-        axes.set_xticks(list(places), [layer or "(model)" for layer in self.layers], rotation=90)
-        label = {"kl": "KL divergence of the output", "mse": "relative squared error of the output"}
-        axes.set_ylabel(label.get(self.score, "estimated relative squared error of the output"))
-        axes.legend()
-        return axes
-
-    def __str__(self) -> str:
-        return self.table()
+SAVE_S = 1.0  # seconds of work that a crash may cost
 
 
 def sensitivity(
@@ -136,6 +35,8 @@ def sensitivity(
     *,
     score: Score = "kl",
     seed: int = 0,
+    resume: str | os.PathLike[str] | None = None,
+    progress: bool | None = None,
 ) -> Sensitivity:
     """Measure what quantizing each layer alone does to the model's output.
 
@@ -158,12 +59,17 @@ def sensitivity(
         schemes: Schemes or their short names.
         score: What to measure.
         seed: Of the random signs of ``"grad"``.
+        resume: A folder. What is measured is kept in it, and a run that was killed goes on there,
+            to the same numbers.
+        progress: Whether to show a bar for what takes longer than two seconds; None if rich is
+            installed.
 
     Returns:
         A :class:`Sensitivity`; print it, ``plot()`` it, or read its ``rows``.
 
     Raises:
-        ValueError: If there is no data, no scheme, no layer, or ``score`` is not known.
+        ValueError: If there is no data, no scheme, no layer, ``score`` is not known, a scheme is
+            static, or ``resume`` holds other work.
         RuntimeError: If the model is in training mode or quantized already.
 
     Example:
@@ -193,35 +99,77 @@ def sensitivity(
             f"nothing to measure: {len(layers)} layers, {len(parsed)} schemes, "
             f"{len(batches)} batches; each must be at least one"
         )
-    values: dict[tuple[str, str], float]
-    with _every_layer_called():
-        if score == "grad":
-            values, samples = _by_gradient(model, layers, batches, parsed, seed)
-        else:
-            values, samples = _by_swapping(model, layers, batches, parsed, score)
-    rows = [
-        LayerScore(
-            name,
-            str(scheme),
-            values[name, str(scheme)],
-            _nbytes(quantized_layer(name, layer, scheme)),
+    static = [str(one) for one in parsed if one.is_static]
+    if static:
+        raise ValueError(
+            f"schemes has {static[0]!r}, whose scales come from calibration; measure "
+            f"{static[0].replace('-static', '')!r} in its place"
         )
-        for name, layer in layers.items()
-        for scheme in parsed
-    ]
+    journal = None
+    if resume is not None:
+        found_work = {
+            "model": model_digest(model),
+            "data": data_digest(batches),
+            "schemes": repr([str(one) for one in parsed]),
+            "score": f"{score} {seed}",
+            "torch": torch.__version__,
+            "threads": str(torch.get_num_threads()),
+        }
+        journal = Journal(resume, found_work)
+    shown = find_spec("rich") is not None if progress is None else progress
+    pairs = [(name, one) for name in layers for one in parsed]
+    total = len(batches) if score == "grad" else len(pairs)
+    with (
+        every_layer_called(),
+        _kept(journal) as kept,
+        progress_bar(shown, total, doing="Measuring", unit="steps") as advance,
+    ):
+        if score == "grad":
+            values, samples = _by_gradient(model, layers, batches, parsed, seed, kept, advance)
+        else:
+            values, samples = _by_swapping(model, layers, batches, parsed, score, kept, advance)
+    rows = [_row(name, layers[name], one, values[name, str(one)]) for name, one in pairs]
     return Sensitivity(score, samples, tuple(rows))
 
 
+class _Kept:
+    """Numbers of a run by name, written to a journal now and then."""
+
+    def __init__(self, journal: Journal | None) -> None:
+        self.journal = journal
+        self.numbers: dict[str, Tensor] = {}
+        if journal is not None:
+            self.numbers = journal.read("scores") or {}
+        self._saved = time.monotonic()
+
+    def save(self, *, now: bool = False) -> None:
+        if self.journal is None or (not now and time.monotonic() - self._saved < SAVE_S):
+            return
+        self.journal.write("scores", self.numbers)
+        self._saved = time.monotonic()
+
+
 @contextmanager
-def _every_layer_called() -> Iterator[None]:
-    # In evaluation torch's encoder layers hand their linear layers' weights to one fused float
-    # kernel instead of calling the layers.
-    before = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
+def _kept(journal: Journal | None) -> Iterator[_Kept]:
+    kept = _Kept(journal)
     try:
-        yield
+        yield kept
     finally:
-        torch.backends.mha.set_fastpath_enabled(before)
+        if kept.numbers:
+            kept.save(now=True)
+
+
+def _row(name: str, layer: FloatLayer, scheme: Scheme, value: float) -> LayerScore:
+    made = quantized_layer(name, layer, scheme)
+    return LayerScore(
+        name,
+        str(scheme),
+        value,
+        _nbytes(made),
+        0 if made.bias is None else made.bias.nbytes,
+        sum(parameter.nbytes for parameter in layer.parameters()),
+        layer.weight.numel(),
+    )
 
 
 def _nbytes(layer: QuantizedLayer) -> int:
@@ -229,24 +177,7 @@ def _nbytes(layer: QuantizedLayer) -> int:
 
 
 def _run(model: nn.Module, batch: Any) -> Tensor:
-    if isinstance(batch, Mapping):
-        out = model(**{key: value for key, value in batch.items() if key != "labels"})
-    elif isinstance(batch, (tuple, list)):
-        out = model(batch[0])
-    else:
-        out = model(batch)
-    return _first_tensor(out)
-
-
-def _first_tensor(out: Any) -> Tensor:
-    if isinstance(out, Tensor):
-        return out
-    if isinstance(out, Mapping):
-        out = list(out.values()) if out.get("logits") is None else out["logits"]
-        return _first_tensor(out)
-    if isinstance(out, (tuple, list)) and out:
-        return _first_tensor(out[0])
-    raise TypeError(f"the model returned {type(out).__name__}; it must return or contain a tensor")
+    return first_tensor(run_model(model, batch))
 
 
 def _by_swapping(
@@ -255,19 +186,27 @@ def _by_swapping(
     batches: Sequence[Any],
     schemes: Sequence[Scheme],
     score: Score,
+    kept: _Kept,
+    advance: Callable[[int], None],
 ) -> tuple[dict[tuple[str, str], float], int]:
-    values = {}
+    values: dict[tuple[str, str], float] = {}
     with torch.no_grad():
         expected = [_run(model, batch).float() for batch in batches]
         for name, layer in layers.items():
             for scheme in schemes:
-                made = quantized_layer(name, layer, scheme)
-                swapped = replace_modules(model, {layer: made})
-                try:
-                    found = [_run(swapped, batch).float() for batch in batches]
-                finally:
-                    replace_modules(model, {made: layer})
-                values[name, str(scheme)] = _distance(expected, found, score)
+                key = f"{name} {scheme}"
+                if key not in kept.numbers:
+                    made = quantized_layer(name, layer, scheme)
+                    swapped = replace_modules(model, {layer: made})
+                    try:
+                        found = [_run(swapped, batch).float() for batch in batches]
+                    finally:
+                        replace_modules(model, {made: layer})
+                    value = _distance(expected, found, score)
+                    kept.numbers[key] = torch.tensor(value, dtype=torch.float64)
+                    kept.save()
+                values[name, str(scheme)] = kept.numbers[key].item()
+                advance(1)
     return values, sum(len(batch) for batch in expected)
 
 
@@ -292,6 +231,8 @@ def _by_gradient(
     batches: Sequence[Any],
     schemes: Sequence[Scheme],
     seed: int,
+    kept: _Kept,
+    advance: Callable[[int], None],
 ) -> tuple[dict[tuple[str, str], float], int]:
     generator = torch.Generator().manual_seed(seed)
     made = {
@@ -299,18 +240,24 @@ def _by_gradient(
         for name, layer in layers.items()
         for scheme in schemes
     }
-    sums = {(name, str(scheme)): 0.0 for name, scheme in made}
-    power, samples = 0.0, 0
-    for batch in batches:
+    zero = torch.zeros(len(made) + 2, dtype=torch.float64)
+    sums = kept.numbers.setdefault("sums", zero)  # of the pairs, of the outputs, and the samples
+    done = int(kept.numbers.setdefault("batches", torch.tensor(0)).item())
+    if "generator" in kept.numbers:
+        generator.set_state(kept.numbers["generator"])
+    advance(done)
+    for number in range(done, len(batches)):
+        batch = batches[number]
+        sums = sums.clone()  # what is kept stays that of whole batches
         calls: list[tuple[str, Tensor, Tensor]] = []
         out = _recorded(model, layers, batch, calls)
         signs = torch.randint(0, 2, out.shape, generator=generator).mul_(2).sub_(1).to(out)
         outputs = [output for _, _, output in calls]
         gradients = torch.autograd.grad(out, outputs, signs, allow_unused=True)
-        power += out.detach().double().square().sum().item()
-        samples += len(out)
+        sums[-2] += out.detach().double().square().sum().item()
+        sums[-1] += len(out)
         with torch.no_grad():
-            for name, scheme in made:
+            for place, (name, scheme) in enumerate(made):
                 # A layer called more than once changes the output by the sum over its calls.
                 change = torch.zeros(len(out), dtype=torch.float64, device=out.device)
                 for (called, x, output), gradient in zip(calls, gradients, strict=True):
@@ -318,8 +265,17 @@ def _by_gradient(
                         step = (made[name, scheme](x) - output.detach()).double() * gradient
                         rows = len(out) if step.shape[0] % len(out) == 0 else 1
                         change[:rows] += step.reshape(rows, -1).sum(1)
-                sums[name, str(scheme)] += change.square().sum().item()
-    return {key: value / power if power else 0.0 for key, value in sums.items()}, samples
+                sums[place] += change.square().sum().item()
+        state = {"batches": torch.tensor(number + 1), "generator": generator.get_state()}
+        kept.numbers |= {**state, "sums": sums}
+        kept.save()
+        advance(1)
+    power = sums[-2].item()
+    values = {
+        (name, str(scheme)): sums[place].item() / power if power else 0.0
+        for place, (name, scheme) in enumerate(made)
+    }
+    return values, int(sums[-1].item())
 
 
 def _recorded(
