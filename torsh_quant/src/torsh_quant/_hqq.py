@@ -35,7 +35,7 @@ class HQQ:
         >>> weight = torch.tensor([[2.5, 1.0, 1.0, -1.0, -1.0, 1.0, -1.0, 0.0]])
         >>> spec = IntSpec(3, group=8)
         >>> round_to_nearest(weight, spec, 8).floats().abs().unique()
-        tensor([0.0000, 1.0833, 2.1667])
+        tensor([0.0000, 1.1250, 2.2500])
         >>> HQQ().round(weight, spec, 8, None).floats().abs().unique()  # gives the 2.5 up
         tensor([0.0000, 1.0144, 2.0288])
 

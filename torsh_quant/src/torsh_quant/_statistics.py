@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -187,7 +187,8 @@ class Collector:
 @contextmanager
 def full_precision(device: torch.device) -> Iterator[None]:
     """Multiply float32 matrices as float32, whatever autocast or global settings say."""
-    backends = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
+    named = cast("Any", torch.backends)  # which has more than its types say
+    backends = named.cuda.matmul, named.mkldnn.matmul
     before = [backend.fp32_precision for backend in backends]
     try:
         for backend in backends:
