@@ -104,6 +104,8 @@ def test_embeddings_are_quantized_where_they_are_named():
     small = quantize(net, "w8a16", overrides={"0": "w4a16-g16"})
     assert [row.scheme for row in small.quant_report.rows] == ["w4a16-g16", "w8a16"]
     assert (small[0](ids) - net[0](ids)).norm() / net[0](ids).norm() < 0.15
+    with_data = quantize(net, "w4a16-g16", data=[ids], method="gptq", overrides={"0": "w4a16-g16"})
+    assert torch.equal(with_data[0].weight, small[0].weight)  # a table has no input to look at
     with pytest.raises(ValueError, match=r"rounds activations, but '0' has indices.*'w8a16'"):
         quantize(net, "w8a16", overrides={"0": "w8a8"})
 

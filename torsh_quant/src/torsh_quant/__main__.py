@@ -16,7 +16,7 @@ from torsh_quant._file import FILE_NAME, save, saved_layers
 from torsh_quant._hf import copy_beside
 from torsh_quant._quantize import DEFAULT_SKIP
 from torsh_quant._quantize import quantize as quantized
-from torsh_quant._sensitivity import Score
+from torsh_quant._scores import Score
 from torsh_quant._sensitivity import sensitivity as measured
 
 

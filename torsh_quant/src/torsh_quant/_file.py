@@ -19,7 +19,7 @@ from torsh_quant._foreign import what_it_is
 from torsh_quant._journal import digest_of
 from torsh_quant._layer import QuantizedLayer
 from torsh_quant._layers import quantizable_layers, quantized_layers, replace_modules
-from torsh_quant._quantize import _leave_fused_paths
+from torsh_quant._quantize import leave_fused_paths
 from torsh_quant._state_layout import layer_of, record_of, require_same
 
 FORMAT = "torsh-quant"
@@ -169,7 +169,7 @@ def load(
         tensors = _tensors(place, file, text, digest, target)
         _filled(work, layout, tensors)
     _restore_the_rest(work, model, target)
-    _leave_fused_paths(work)
+    leave_fused_paths(work)
     work.eval()
     if inplace and model is not None and type(work) is type(model):
         model.__dict__.update(work.__dict__)

@@ -21,7 +21,7 @@ from torsh_quant._observers import make_observer
 from torsh_quant._progress import progress_bar
 from torsh_quant._quant_linear import QuantLinear
 from torsh_quant._report import LayerReport, report_layer
-from torsh_quant._rounding import Rounded
+from torsh_quant._rounding import Rounded, round_to_nearest
 from torsh_quant._spec import Scheme, group_size_for
 from torsh_quant._stages import Feed, Stage, count_calls, plan_stages, without_cache
 from torsh_quant._statistics import Collector, Statistics
@@ -92,6 +92,8 @@ class Job:
         layer, spec = self.layer(name), self.schemes[name].weight
         matrix = layer.weight.detach().flatten(1)
         size = group_size_for(spec, matrix.shape[1], name)
+        if statistics is None and self.chain.rounding.needs_data:  # a table has no input
+            return round_to_nearest(matrix, spec, size)
         return self.chain.rounding.round(matrix, spec, size, statistics)
 
     def convert(self, names: Sequence[str], fills: Mapping[str, Fill]) -> None:

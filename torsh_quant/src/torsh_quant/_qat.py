@@ -115,7 +115,7 @@ def prepare_qat(
     for name, norm in pairs:
         if name in new:
             new[name].link(cast("BatchNorm", model.get_submodule(norm)))
-    _leave_fused_paths(model)
+    leave_fused_paths(model)
     return replace_modules(model, {layers[name]: layer for name, layer in new.items()})
 
 
@@ -315,7 +315,7 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
-def _leave_fused_paths(model: nn.Module) -> None:
+def leave_fused_paths(model: nn.Module) -> None:
     # In evaluation torch's encoder layers hand their linear layers' weights to one fused float
     # kernel instead of calling the layers.
     for module in model.modules():

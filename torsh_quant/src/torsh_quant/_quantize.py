@@ -137,7 +137,7 @@ def quantize(
         bar = find_spec("rich") is not None if progress is None else progress
         calibrate_model(job, batches, observer, resume, bar=bar)
     work = job.finish()
-    _leave_fused_paths(work)
+    leave_fused_paths(work)
     rows = [
         job.reports.get(name)
         or LayerReport(
@@ -273,7 +273,8 @@ def _moved(value: Any, model: nn.Module) -> Any:
     return value
 
 
-def _leave_fused_paths(model: nn.Module) -> None:
+def leave_fused_paths(model: nn.Module) -> None:
+    """Let torch's encoder layers call their quantized layers."""
     # In evaluation torch's encoder layers hand their linear layers' weights to one fused float
     # kernel instead of calling the layers.
     for module in model.modules():
