@@ -48,7 +48,7 @@ def test_no_package_brings_a_heavy_dependency_it_need_not():
         "optim": {"torch"},
         "text": {"torch", "numpy", "transformers", "safetensors"},
         "data": {"torch", "numpy", "pyarrow", "xxhash", "fsspec"},
-        "quant": {"torch"},
+        "quant": {"torch", "safetensors"},
         "nas": {"torch", "numpy", "scipy"},
         "dist": {"torch"},
     }

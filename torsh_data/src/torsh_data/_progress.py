@@ -20,6 +20,7 @@ def progress_bar(
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
     except ImportError:
         raise ImportError("progress=True needs rich: pip install 'torsh-data[cli]'") from None
+    console = Console()
     bar = Progress(
         doing,
         BarColumn(),
@@ -27,7 +28,8 @@ def progress_bar(
         unit,
         TimeRemainingColumn(),
         transient=True,
-        disable=not Console().is_terminal,
+        console=console,
+        disable=not console.is_terminal,
     )
     task = bar.add_task("", total=total)
     begin = time.monotonic()
