@@ -74,15 +74,16 @@ def test_conv_kernel_is_exact(channels, out, window, shape, layout, kind):
     generator = torch.Generator().manual_seed(channels)
     bits = _cpu.conv_kernels()[0].act_bits
     images = integers((2, channels, 12, 11), 2 ** (bits - 1) - 1, kind, generator)
+    images += _cpu.zero_point_for(bits)
     weight = integers((out, channels // shape.groups, *window), 127, kind, generator)
     # Unfolded by hand: groups of patches times groups of channels.
     patches = F.unfold(images.double(), window, shape.dilation, shape.padding, shape.stride)
     grouped = patches.view(2, shape.groups, -1, patches.shape[2]).long()
     matrix = weight.view(shape.groups, out // shape.groups, -1)
     expected = torch.einsum("bgkp,gok->bgop", grouped, matrix).reshape(2, out, -1)
-    q = (images + _cpu.zero_point_for(bits)).to(torch.uint8).contiguous(memory_format=layout)
+    q = images.to(torch.uint8).contiguous(memory_format=layout)
     stored = weight.to(torch.int8).flatten(1)
-    sums = _cpu.convolution(q, stored, torch.ones(out, 1), window, shape, bits)
+    sums = _cpu.convolution(q, stored, torch.ones(out, 1), window, shape)
     assert torch.equal(sums.flatten(2), expected.float())
 
 

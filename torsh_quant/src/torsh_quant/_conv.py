@@ -93,15 +93,21 @@ def _on_cpu(
 ) -> None:
     x = x.float()
     image_scale, zero_point = row_qparams(x, bits) if static is None else static
-    shift = _cpu.zero_point_for(bits) - zero_point
-    q = _padded_bytes(x, image_scale, shift, shape.padding, None if static is None else bits)
+    zero_byte = _cpu.zero_point_for(bits) - zero_point
+    q = _padded_bytes(x, image_scale, zero_byte, shape.padding, None if static is None else bits)
     inside = ConvShape(shape.stride, (0,) * len(shape.padding), shape.dilation, shape.groups)
-    sums = _cpu.convolution(q, weight, scale, kernel_size, inside, bits)
     columns = x.shape[1] // shape.groups * prod(kernel_size)
-    ones = (1,) * len(kernel_size)
-    offset = image_scale * zero_point * channel_sums(weight, scale, columns).view(-1, *ones)
-    if bias is not None:
-        offset += bias.view(-1, *ones)
+    offset = channel_sums(weight, scale, columns) * (image_scale * zero_byte).view(-1, 1)
+    offset = offset.neg_() if bias is None else torch.sub(bias, offset, out=offset)
+    if static is not None:
+        out.copy_(
+            _cpu.convolution(
+                q, weight, scale, kernel_size, inside, image_scale.item(), offset.view(-1)
+            )
+        )
+        return
+    sums = _cpu.convolution(q, weight, scale, kernel_size, inside)
+    offset = offset.view(*offset.shape, *(1,) * len(kernel_size))
     if out.dtype == torch.float32 and out.stride() == sums.stride():
         torch.addcmul(offset, sums, image_scale, out=out)
     else:  # a plain copy transposes and converts faster than arithmetic does

@@ -218,46 +218,22 @@ def linear(q: Tensor, weight: Tensor, scale: Tensor, act_bits: int) -> Tensor:
     return run(q, zero_point_for(act_bits), packed)
 
 
-def _pack_conv(weight: Tensor, scale: Tensor, shape: ConvShape, act_bits: int) -> Packed:
-    packed = torch.ops.onednn.qconv_prepack(
-        weight,
-        scale,
-        1.0,
-        zero_point_for(act_bits),
-        shape.stride,
-        shape.padding,
-        shape.dilation,
-        shape.groups,
-        None,
-    )
+def _pack_conv(weight: Tensor, scale: Tensor, shape: ConvShape) -> Packed:
+    window = (shape.stride, shape.padding, shape.dilation, shape.groups)
+    packed = torch.ops.onednn.qconv_prepack(weight, scale, 1.0, 0, *window, None)
     return packed, scale, torch.zeros(len(scale), dtype=torch.int32)
 
 
-def _conv_onednn(q: Tensor, packed: Packed, shape: ConvShape, act_bits: int) -> Tensor:
+def _conv_onednn(
+    q: Tensor, packed: Packed, shape: ConvShape, x_scale: float, bias: Tensor | None
+) -> Tensor:
+    # A zero point would make oneDNN sum the weights anew in every call: up to 3x the time.
     weight, scale, zeros = packed
-    zero_point = zero_point_for(act_bits)
     ops = torch.ops.onednn
-    run = ops.qconv_pointwise if q.ndim == 4 else ops.qconv3d_pointwise
-    out = run(
-        q,
-        1.0,
-        zero_point,
-        weight,
-        scale,
-        zeros,
-        None,
-        shape.stride,
-        shape.padding,
-        shape.dilation,
-        shape.groups,
-        1.0,
-        0,
-        torch.float32,
-        "none",
-        [],
-        "",
-    )
-    return cast("Tensor", out)
+    run = ops.qconv_pointwise.default if q.ndim == 4 else ops.qconv3d_pointwise.default
+    window = (shape.stride, shape.padding, shape.dilation, shape.groups)
+    output = (1.0, 0, torch.float32, "none", [], "")
+    return cast("Tensor", run(q, x_scale, 0, weight, scale, zeros, bias, *window, *output))
 
 
 @cache
@@ -273,14 +249,13 @@ def conv_kernels(dims: int = 2) -> tuple[IntegerKernel, ...]:
     weight[::2] = -127
     for act_bits in (8, 7):
         q = _extremes(act_bits).view(3, 16, *(1,) * (dims - 2), 4, 4)
-        expected = exact_convolution(q, weight, shape)
         q = (q + zero_point_for(act_bits)).to(torch.uint8)
         try:
-            packed = _pack_conv(weight, torch.ones(16), shape, act_bits)
-            out = _conv_onednn(q, packed, shape, act_bits).double()
+            packed = _pack_conv(weight, torch.ones(16), shape)
+            out = _conv_onednn(q, packed, shape, 1.0, None).double()
         except (RuntimeError, AttributeError, NotImplementedError):
             break
-        if torch.equal(out, expected):
+        if torch.equal(out, exact_convolution(q, weight, shape)):
             return IntegerKernel("oneDNN int8", act_bits), FLOAT64
     return (FLOAT64,)
 
@@ -291,35 +266,32 @@ def convolution(
     scale: Tensor,
     kernel_size: tuple[int, ...],
     shape: ConvShape,
-    act_bits: int,
+    x_scale: float = 1.0,
+    bias: Tensor | None = None,
 ) -> Tensor:
-    """Convolve integer images with a stored weight and scale each channel.
+    """Convolve bytes with a stored weight, and scale each channel.
 
     Args:
-        q: ``(batch, channels, ...)`` uint8 holding integers of ``act_bits`` bits plus
-            :func:`zero_point_for` them.
+        q: ``(batch, channels, ...)`` uint8, of no more bits than the first of
+            :func:`conv_kernels` takes. What ``shape`` pads is 0.
         weight: ``(out_channels, ...)`` int8, or uint8 with two 4-bit integers a byte.
         scale: ``(out_channels, scale groups)``.
         kernel_size: Sides of the window, 2 or 3.
         shape: The other figures of the convolution.
-        act_bits: At most that of the first of :func:`conv_kernels`.
+        x_scale: Multiplies all of it.
+        bias: ``(out_channels,)``, added last.
 
     Returns:
         ``(batch, out_channels, ...)`` float32, in whatever memory format the kernel has.
     """
     channels = q.shape[1] // shape.groups
 
-    def integers() -> tuple[Tensor, Tensor]:
+    def pack() -> Packed:
         flat, channel = folded(weight, scale, channels * prod(kernel_size))
-        return flat.view(-1, channels, *kernel_size), channel
+        return _pack_conv(flat.view(-1, channels, *kernel_size), channel, shape)
 
-    packed = remembered(
-        weight,
-        scale,
-        f"conv {shape} {act_bits}",
-        lambda: _pack_conv(*integers(), shape, act_bits),
-    )
-    return _conv_onednn(q, packed, shape, act_bits)
+    packed = remembered(weight, scale, f"conv {shape}", pack)
+    return _conv_onednn(q, packed, shape, x_scale, bias)
 
 
 def activation_bits(asked: int, device: torch.device, layer: str) -> int:
