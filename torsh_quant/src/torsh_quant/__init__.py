@@ -6,6 +6,7 @@ from torsh_quant._equalize import Equalize
 from torsh_quant._explain import Explanation, LayerPlan, explain
 from torsh_quant._file import load, save
 from torsh_quant._fold import fold_batch_norm
+from torsh_quant._fuse import fuse
 from torsh_quant._gptq import GPTQ
 from torsh_quant._hqq import HQQ
 from torsh_quant._latency import measure_latency
@@ -61,6 +62,7 @@ __all__ = [
     "fold_batch_norm",
     "freeze_batch_norm",
     "freeze_ranges",
+    "fuse",
     "load",
     "make_observer",
     "measure_latency",

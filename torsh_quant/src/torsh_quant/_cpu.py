@@ -8,7 +8,7 @@ it multiplies the largest integers once, and is used as wide as that product cam
 
 import threading
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from functools import cache, partial
 from math import prod
@@ -28,6 +28,11 @@ from torsh_quant._numerics import (
 )
 
 Packed = Any  # a ScriptObject of torch's own, or a Tensor in oneDNN's layout
+Unary = tuple[str, list[float]]  # an activation as oneDNN names it, and its figures
+Output = tuple[float, int, torch.dtype]  # scale and zero point where bytes come out
+Sum = tuple[Tensor, float, int]  # what is added (and written over), its scale and zero point
+_NO_UNARY: Unary = ("none", [])
+_FLOATS: Output = (1.0, 0, torch.float32)
 
 
 @dataclass(frozen=True)
@@ -62,7 +67,9 @@ def _state(*tensors: Tensor) -> tuple[int, ...]:
     return tuple(figure for t in tensors for figure in (t._version, t.data_ptr()))
 
 
-def remembered(weight: Tensor, scale: Tensor, name: str, build: Callable[[], Packed]) -> Packed:
+def remembered(
+    weight: Tensor, scale: Tensor, name: Hashable, build: Callable[[], Packed]
+) -> Packed:
     """Return what ``build()`` makes of these two tensors, kept until one of them changes.
 
     Kept beside the tensors rather than in the module: the module's state stays plain tensors, and
@@ -78,7 +85,7 @@ def remembered(weight: Tensor, scale: Tensor, name: str, build: Callable[[], Pac
     """
     if weight.is_inference() or scale.is_inference():
         return build()
-    entries: dict[str, _Entry] = _packs.setdefault(weight, {})
+    entries: dict[Hashable, _Entry] = _packs.setdefault(weight, {})
     state = _state(weight, scale)
     entry = entries.get(name)
     if entry is None or entry.state != state or entry.scale() is not scale:
@@ -218,22 +225,71 @@ def linear(q: Tensor, weight: Tensor, scale: Tensor, act_bits: int) -> Tensor:
     return run(q, zero_point_for(act_bits), packed)
 
 
+@cache
+def takes_bytes(bits: int) -> bool:
+    """Whether :func:`run_linear` is exact with bytes of so many bits."""
+    return _exact_linear_bits("oneDNN int8") >= bits
+
+
+def packed_linear(weight: Tensor, scale: Tensor, in_features: int) -> Packed:
+    """Return a stored weight as :func:`run_linear` takes it."""
+    pack = partial(_pack_folded, weight, scale, in_features)
+    return remembered(weight, scale, "oneDNN int8", pack)
+
+
+def _pack_folded(weight: Tensor, scale: Tensor, in_features: int) -> Packed:
+    return _pack_onednn(*folded(weight, scale, in_features))
+
+
+def run_linear(
+    q: Tensor, packed: Packed, x_scale: float, bias: Tensor | None, unary: Unary, output: Output
+) -> Tensor:
+    """Multiply bytes with a packed weight; see :func:`run_convolution`."""
+    weight, scale, zeros = packed
+    run = torch.ops.onednn.qlinear_pointwise.default
+    return cast("Tensor", run(q, x_scale, 0, weight, scale, zeros, bias, *output, *unary, ""))
+
+
 def _pack_conv(weight: Tensor, scale: Tensor, shape: ConvShape) -> Packed:
     window = (shape.stride, shape.padding, shape.dilation, shape.groups)
     packed = torch.ops.onednn.qconv_prepack(weight, scale, 1.0, 0, *window, None)
     return packed, scale, torch.zeros(len(scale), dtype=torch.int32)
 
 
-def _conv_onednn(
-    q: Tensor, packed: Packed, shape: ConvShape, x_scale: float, bias: Tensor | None
+def run_convolution(
+    q: Tensor,
+    packed: Packed,
+    shape: ConvShape,
+    x_scale: float,
+    bias: Tensor | None,
+    unary: Unary = _NO_UNARY,
+    output: Output = _FLOATS,
+    added: Sum | None = None,
 ) -> Tensor:
+    """Convolve bytes with a packed weight.
+
+    Args:
+        q: ``(batch, channels, ...)`` uint8. What ``shape`` pads is 0.
+        packed: From :func:`packed_convolution`.
+        shape: The figures it was packed for.
+        x_scale: Multiplies the sums, as the scales of the channels do.
+        bias: ``(out_channels,)``.
+        unary: The activation at the end.
+        output: Whether bytes come out, and on what grid.
+        added: A tensor of the shape and type of the output; it is overwritten and returned.
+    """
     # A zero point would make oneDNN sum the weights anew in every call: up to 3x the time.
     weight, scale, zeros = packed
     ops = torch.ops.onednn
-    run = ops.qconv_pointwise.default if q.ndim == 4 else ops.qconv3d_pointwise.default
     window = (shape.stride, shape.padding, shape.dilation, shape.groups)
-    output = (1.0, 0, torch.float32, "none", [], "")
-    return cast("Tensor", run(q, x_scale, 0, weight, scale, zeros, bias, *window, *output))
+    if added is None:
+        run = ops.qconv_pointwise.default if q.ndim == 4 else ops.qconv3d_pointwise.default
+        out = run(q, x_scale, 0, weight, scale, zeros, bias, *window, *output, *unary, "")
+        return cast("Tensor", out)
+    other, *grid = added
+    before = (q, x_scale, 0, weight, scale, zeros, other, bias, *window)
+    run = ops.qconv2d_pointwise.binary
+    return cast("Tensor", run(*before, *output, *grid, "sum", 1.0, *unary, ""))
 
 
 @cache
@@ -252,7 +308,7 @@ def conv_kernels(dims: int = 2) -> tuple[IntegerKernel, ...]:
         q = (q + zero_point_for(act_bits)).to(torch.uint8)
         try:
             packed = _pack_conv(weight, torch.ones(16), shape)
-            out = _conv_onednn(q, packed, shape, 1.0, None).double()
+            out = run_convolution(q, packed, shape, 1.0, None).double()
         except (RuntimeError, AttributeError, NotImplementedError):
             break
         if torch.equal(out, exact_convolution(q, weight, shape)):
@@ -284,14 +340,24 @@ def convolution(
     Returns:
         ``(batch, out_channels, ...)`` float32, in whatever memory format the kernel has.
     """
-    channels = q.shape[1] // shape.groups
+    packed = packed_convolution(weight, scale, q.shape[1] // shape.groups, kernel_size, shape)
+    return run_convolution(q, packed, shape, x_scale, bias)
+
+
+def packed_convolution(
+    weight: Tensor,
+    scale: Tensor,
+    channels: int,
+    kernel_size: tuple[int, ...],
+    shape: ConvShape,
+) -> Packed:
+    """Return a stored weight as :func:`run_convolution` takes it."""
 
     def pack() -> Packed:
         flat, channel = folded(weight, scale, channels * prod(kernel_size))
         return _pack_conv(flat.view(-1, channels, *kernel_size), channel, shape)
 
-    packed = remembered(weight, scale, f"conv {shape}", pack)
-    return _conv_onednn(q, packed, shape, x_scale, bias)
+    return remembered(weight, scale, ("conv", shape), pack)
 
 
 def activation_bits(asked: int, device: torch.device, layer: str) -> int:

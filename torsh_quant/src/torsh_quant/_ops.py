@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from torsh_quant._bytes import byte_convolution, byte_linear, max_pool, to_bytes
 from torsh_quant._conv import output_format, output_size, quantized_convolution
 from torsh_quant._embedding import quantized_embedding
 from torsh_quant._linear import quantized_linear
@@ -69,6 +70,37 @@ def _convolution_shape(
         device=x.device,
         memory_format=layout,
     )
+
+
+def _bytes_shape(x: Tensor, scale: Tensor, zero_point: Tensor, bits: int) -> Tensor:
+    return _images(x, x.shape, torch.uint8)
+
+
+def _images(x: Tensor, size: Sequence[int], dtype: torch.dtype) -> Tensor:
+    last = {4: torch.channels_last, 5: torch.channels_last_3d}
+    layout = last.get(len(size), torch.contiguous_format)
+    return torch.empty(size, dtype=dtype, device=x.device, memory_format=layout)
+
+
+def _pooled_shape(
+    x: Tensor, kernel_size: Sequence[int], stride: Sequence[int], padding: Sequence[int]
+) -> Tensor:
+    shape = ConvShape(tuple(stride), tuple(padding), (1,) * len(stride), 1)
+    size = [*x.shape[:2], *output_size(x, 1, kernel_size, shape)[2:]]
+    return _images(x, size, torch.uint8)
+
+
+def _byte_linear_shape(x: Tensor, weight: Tensor, *rest: Any) -> Tensor:
+    out_scale = rest[-2]
+    dtype = torch.float32 if out_scale is None else torch.uint8
+    return x.new_empty((*x.shape[:-1], weight.shape[0]), dtype=dtype)
+
+
+def _byte_convolution_shape(x: Tensor, weight: Tensor, *rest: Any) -> Tensor:
+    kernel_size, stride, padding, dilation, groups = rest[5:10]
+    shape = ConvShape(tuple(stride), tuple(padding), tuple(dilation), groups)
+    size = output_size(x, weight.shape[0], kernel_size, shape)
+    return _images(x, size, torch.float32 if rest[-2] is None else torch.uint8)
 
 
 _INPUT_GRADIENTS = (
@@ -150,4 +182,29 @@ _register(
     "ScalarType dtype) -> Tensor",
     quantized_embedding,
     _embedding_shape,
+)
+_register(
+    "to_bytes(Tensor x, Tensor scale, Tensor zero_point, int bits) -> Tensor",
+    to_bytes,
+    _bytes_shape,
+)
+_register(
+    "max_pool(Tensor x, int[] kernel_size, int[] stride, int[] padding) -> Tensor",
+    max_pool,
+    _pooled_shape,
+)
+_ENDS = (
+    "float? low, float? high, int out_bits, Tensor? out_scale, Tensor? out_zero_point) -> Tensor"
+)
+_INPUT = (
+    "Tensor x, Tensor weight, Tensor scale, Tensor? bias, int act_bits, Tensor act_scale, "
+    "Tensor act_zero_point, "
+)
+_register(f"byte_linear({_INPUT}{_ENDS}", byte_linear, _byte_linear_shape)
+_register(
+    f"byte_convolution({_INPUT}int[] kernel_size, int[] stride, int[] padding, int[] dilation, "
+    "int groups, Tensor? other, int other_bits, Tensor? other_scale, Tensor? other_zero_point, "
+    f"{_ENDS}",
+    byte_convolution,
+    _byte_convolution_shape,
 )
