@@ -24,6 +24,8 @@ from torsh_quant._numerics import (
     narrowed,
 )
 
+Convolve = Callable[[Tensor, Tensor | None, Tensor, Tensor], Tensor]
+
 
 @dataclass(frozen=True)
 class Grid:
@@ -176,14 +178,14 @@ def byte_convolution(
     added = (other_scale, other_zero_point, other_bits)
     channels = x.shape[1] // groups
 
-    def plan() -> Callable[[Tensor, Tensor | None], Tensor]:
+    def plan() -> Convolve:
         integers = x.device.type == "cpu" and _cpu.conv_kernels(len(sides))[0].fast
         make = _onednn_convolution if integers else _float64_convolution
         grids = (grid_of(*act), _grid_or_none(*added), _grid_or_none(*out))
         return make(weight, scale, bias, channels, sides, shape, *grids, low, high)
 
     figures = (bias, *act, *added, *out, channels, sides, shape, low, high)
-    result = _planned(weight, scale, figures, plan)(x, other)
+    result = _planned(weight, scale, figures, plan)(x, other, weight, scale)
     return result[:, :, 0].contiguous() if flat else result
 
 
@@ -215,13 +217,13 @@ def _onednn_convolution(
     target: Grid | None,
     low: float | None,
     high: float | None,
-) -> Callable[[Tensor, Tensor | None], Tensor]:
+) -> Convolve:
     offset = _offset(weight, scale, bias, grid, channels * prod(kernel_size))
     borders: list[int] = []
     if grid.zero and any(shape.padding):
         borders = [side for border in reversed(shape.padding) for side in (border, border)]
         shape = ConvShape(shape.stride, (0,) * len(shape.padding), shape.dilation, shape.groups)
-    packed = _cpu.packed_convolution(weight, scale, channels, kernel_size, shape)
+    packs: dict[torch.Size, Any] = {}
     unary, output = _unary(low, high), _output(target)
     if target is not None and target.zero == 0 and unary[0] == "relu":
         unary = _unary(None, None)  # no byte is below zero
@@ -230,9 +232,11 @@ def _onednn_convolution(
     accumulates = accumulates and (source is None) == (target is None)
     added_scale, added_zero = (1.0, 0) if source is None else (source.scale, source.zero)
 
-    def run(x: Tensor, other: Tensor | None) -> Tensor:
+    # The weight comes with every call: kept here, it would keep itself.
+    def run(x: Tensor, other: Tensor | None, weight: Tensor, scale: Tensor) -> Tensor:
         if borders:
             x = F.pad(x, borders, value=grid.zero)
+        packed = _cpu.packed_convolution(packs, x, weight, scale, kernel_size, shape)
         if other is None and fits:
             out = _cpu.run_convolution(x, packed, shape, grid.scale, offset, unary, output)
             return _fewer_bits(out, target)
@@ -261,14 +265,14 @@ def _float64_convolution(
     target: Grid | None,
     low: float | None,
     high: float | None,
-) -> Callable[[Tensor, Tensor | None], Tensor]:
+) -> Convolve:
     flat, channel = plain_integers(weight, scale, channels * prod(kernel_size))
     integers = flat.clone().view(-1, channels, *kernel_size)  # never the weight itself
     ones = (1,) * len(kernel_size)
     channel = channel.view(-1, *ones) * grid.scale
     offset = None if bias is None else bias.view(-1, *ones)
 
-    def run(x: Tensor, other: Tensor | None) -> Tensor:
+    def run(x: Tensor, other: Tensor | None, weight: Tensor, scale: Tensor) -> Tensor:
         out = exact_convolution(x.float() - grid.zero, integers, shape).float() * channel
         if offset is not None:
             out += offset

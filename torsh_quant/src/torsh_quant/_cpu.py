@@ -8,7 +8,7 @@ it multiplies the largest integers once, and is used as wide as that product cam
 
 import threading
 import warnings
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from math import prod
@@ -33,6 +33,7 @@ Output = tuple[float, int, torch.dtype]  # scale and zero point where bytes come
 Sum = tuple[Tensor, float, int]  # what is added (and written over), its scale and zero point
 _NO_UNARY: Unary = ("none", [])
 _FLOATS: Output = (1.0, 0, torch.float32)
+_KEPT_SIZES = 2  # of inputs of a convolution, for each of which its weight is packed
 
 
 @dataclass(frozen=True)
@@ -250,9 +251,13 @@ def run_linear(
     return cast("Tensor", run(q, x_scale, 0, weight, scale, zeros, bias, *output, *unary, ""))
 
 
-def _pack_conv(weight: Tensor, scale: Tensor, shape: ConvShape) -> Packed:
+def _pack_conv(
+    weight: Tensor, scale: Tensor, shape: ConvShape, sizes: Sequence[int] | None = None
+) -> Packed:
+    # The layout that suits a kernel of one depends on the input. Packed for another one, oneDNN
+    # changes it in every call: 10 to 100x the time of the product.
     window = (shape.stride, shape.padding, shape.dilation, shape.groups)
-    packed = torch.ops.onednn.qconv_prepack(weight, scale, 1.0, 0, *window, None)
+    packed = torch.ops.onednn.qconv_prepack(weight, scale, 1.0, 0, *window, sizes)
     return packed, scale, torch.zeros(len(scale), dtype=torch.int32)
 
 
@@ -340,24 +345,38 @@ def convolution(
     Returns:
         ``(batch, out_channels, ...)`` float32, in whatever memory format the kernel has.
     """
-    packed = packed_convolution(weight, scale, q.shape[1] // shape.groups, kernel_size, shape)
+    packs = remembered(weight, scale, ("conv", shape), dict)
+    packed = packed_convolution(packs, q, weight, scale, kernel_size, shape)
     return run_convolution(q, packed, shape, x_scale, bias)
 
 
 def packed_convolution(
+    packs: dict[torch.Size, Packed],
+    q: Tensor,
     weight: Tensor,
     scale: Tensor,
-    channels: int,
     kernel_size: tuple[int, ...],
     shape: ConvShape,
 ) -> Packed:
-    """Return a stored weight as :func:`run_convolution` takes it."""
+    """Return a stored weight as :func:`run_convolution` takes it for an input.
 
-    def pack() -> Packed:
+    Args:
+        packs: What was made of this weight for inputs of other sizes; the last few are kept.
+        q: The input.
+        weight: See :func:`convolution`.
+        scale: See :func:`convolution`.
+        kernel_size: See :func:`convolution`.
+        shape: See :func:`convolution`.
+    """
+    found = packs.get(q.shape[2:])
+    if found is None:
+        channels = q.shape[1] // shape.groups
         flat, channel = folded(weight, scale, channels * prod(kernel_size))
-        return _pack_conv(flat.view(-1, channels, *kernel_size), channel, shape)
-
-    return remembered(weight, scale, ("conv", shape), pack)
+        found = _pack_conv(flat.view(-1, channels, *kernel_size), channel, shape, q.shape)
+        while len(packs) >= _KEPT_SIZES:
+            packs.pop(next(iter(packs)), None)
+        packs[q.shape[2:]] = found
+    return found
 
 
 def activation_bits(asked: int, device: torch.device, layer: str) -> int:

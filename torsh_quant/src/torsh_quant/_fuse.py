@@ -97,7 +97,9 @@ def _doubled(value: Any) -> Any:
 def _free(value: Any) -> Any:
     """Sizes that torch is to leave free where it can."""
     if isinstance(value, Tensor):
-        return dict.fromkeys(range(value.ndim), torch.export.Dim.AUTO)
+        auto, fixed = torch.export.Dim.AUTO, torch.export.Dim.STATIC
+        sizes = enumerate(value.shape)
+        return {dim: (auto if size > 1 else fixed) for dim, size in sizes}
     if isinstance(value, Mapping):
         return {name: _free(item) for name, item in value.items()}
     if isinstance(value, (tuple, list)):
