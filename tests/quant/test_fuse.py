@@ -289,3 +289,15 @@ def test_bytes_are_the_integers_of_layers(low, high, bits):
     found = to_bytes(x, scale, zero_point, bits)
     assert torch.equal(found.float(), expected)
     assert int(found.max()) < 2**used
+
+
+def test_bytes_pass_a_flatten_of_channels_last():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 36, 4))
+    net = net.eval().to(memory_format=torch.channels_last)
+    x = torch.randn(2, 3, 8, 8).contiguous(memory_format=torch.channels_last)
+    static = quantize(net, "w8a8-static", data=[x])
+    joined = fuse(static, x)
+    to_bytes = [node for node in joined.graph.nodes if "to_bytes" in str(node.target)]
+    assert len(to_bytes) == 1
+    torch.testing.assert_close(joined(x), static(x), rtol=0, atol=1e-5)  # order of float sums

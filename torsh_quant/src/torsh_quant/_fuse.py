@@ -14,6 +14,7 @@ _aten = torch.ops.aten
 _own = torch.ops.torsh_quant
 _MOVES = (
     _aten.view.default,
+    _aten._unsafe_view.default,
     _aten.reshape.default,
     _aten.flatten.using_ints,
     _aten.permute.default,
